@@ -1,0 +1,46 @@
+"""libmoe_fast: fast Mixture-of-Experts layers to swap into an existing LLaVA (LibMoE, arXiv 2411.00918)."""
+
+from libmoe_fast.checkpoint import load_model, save_model
+from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, DataError, LibMoEError
+from libmoe_fast.experts import Experts
+from libmoe_fast.layer import MoE
+from libmoe_fast.ops import available_backends
+from libmoe_fast.routers import ROUTERS, Router, build_router, register_router
+from libmoe_fast.spec import RouterSpec, Routing
+from libmoe_fast.upcycle import (
+    RoutingRecorder,
+    aux_loss_disabled,
+    moe_layers,
+    record_routing,
+    scale_aux_loss,
+    set_training_progress,
+    upcycle,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ROUTERS",
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Experts",
+    "LibMoEError",
+    "MoE",
+    "Router",
+    "RouterSpec",
+    "Routing",
+    "RoutingRecorder",
+    "aux_loss_disabled",
+    "available_backends",
+    "build_router",
+    "load_model",
+    "moe_layers",
+    "record_routing",
+    "register_router",
+    "save_model",
+    "scale_aux_loss",
+    "set_training_progress",
+    "upcycle",
+]

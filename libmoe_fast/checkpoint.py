@@ -1,0 +1,254 @@
+"""Save and load models with MoE layers: strict, atomic, with the layout's name and version stored.
+
+A folder holds `config.json` (the dense model's), `libmoe_fast.json` (layout, version, and the configuration of every
+MoE layer) and `libmoe_fast.safetensors`. The weights are not called model.safetensors on purpose: a stock
+`from_pretrained` would load that, silently drop the experts, and go on with random MLPs. A model without MoE layers is
+saved the stock way.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from libmoe_fast.errors import CheckpointError
+from libmoe_fast.layer import MoE
+from libmoe_fast.upcycle import install, moe_layers
+
+LAYOUT = "libmoe_fast.stacked"  # experts.w1 [N, H, D], experts.w2 [N, O, H]
+VERSION = 1
+RECIPE_FILE = "libmoe_fast.json"
+WEIGHTS_FILE = "libmoe_fast.safetensors"
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    processor=None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes a model, dense or swapped, to `folder`; whatever was there is replaced only when all is on disk.
+
+    Args:
+        processor: anything with save_pretrained, saved beside the model (a LlavaProcessor).
+        state_dict: weights to save instead of the model's own (those gathered from ZeRO-3).
+    Raises CheckpointError when the disk is full or cannot be written; the previous content then survives.
+    """
+    folder = Path(folder)
+    layers = moe_layers(model)
+    if layers and state_dict is None:
+        state_dict = model.state_dict()
+    with replace_folder(folder) as partial:
+        if layers:
+            _save_swapped(model, partial, layers, state_dict)
+        elif hasattr(model, "save_pretrained"):
+            model.save_pretrained(partial, state_dict=state_dict)
+        else:
+            save_file(_unshared(state_dict or model.state_dict()), partial / WEIGHTS_FILE)
+        if processor is not None:
+            processor.save_pretrained(partial)
+
+
+def _save_swapped(model: nn.Module, folder: Path, layers: dict[str, MoE], state_dict: dict[str, Tensor]) -> None:
+    for part in ("config", "generation_config"):
+        if hasattr(getattr(model, part, None), "save_pretrained"):
+            getattr(model, part).save_pretrained(folder)
+    recipe = {
+        "layout": LAYOUT,
+        "version": VERSION,
+        "transformers": _installed_transformers(),
+        "layers": {name: layer.config() for name, layer in layers.items()},
+    }
+    (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=1))
+    save_file(_unshared(state_dict), folder / WEIGHTS_FILE, metadata={"layout": LAYOUT, "version": str(VERSION)})
+
+
+def _unshared(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, the first name of each that is tied: safetensors stores no sharing."""
+    seen, result = set(), {}
+    for name, tensor in state_dict.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or key not in seen:
+            seen.add(key)
+            result[name] = tensor.detach().contiguous()
+    return result
+
+
+def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, backend: str | None = None) -> nn.Module:
+    """Builds the Hugging Face model saved in `folder`, dense or swapped, and loads it strictly, in evaluation mode.
+
+    dtype: of the weights; None keeps the stored one. backend: of the MoE layers, see ops.
+    Raises CheckpointError when the folder is no checkpoint, is truncated, or does not fit the model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json; give a folder save_model wrote")
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        cls = getattr(transformers, (config.architectures or ["LlavaForConditionalGeneration"])[0])
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/config.json is not a model configuration: {_first_line(error)}") from error
+    if not (folder / RECIPE_FILE).exists():
+        return _load_dense(cls, folder, dtype)
+
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # parameters on the meta device: no time spent on a random init that is overwritten
+        model = cls(config)
+    load_weights(model, folder, dtype=dtype, backend=backend)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def load_weights(
+    model: nn.Module, folder: str | os.PathLike, *, dtype: torch.dtype | None = None, backend: str | None = None
+) -> nn.Module:
+    """Swaps the layers that `folder` lists into `model` (any dense model of that architecture), and loads all weights.
+
+    Strict: CheckpointError, naming the difference, for another layout or version, missing or unexpected names,
+    other shapes, or a truncated file. Returns `model`.
+    """
+    folder = Path(folder)
+    recipe = read_recipe(folder)
+    layers = {name: MoE(**config, backend=backend, device="meta") for name, config in recipe["layers"].items()}
+    try:
+        state_dict = _read_weights(folder / WEIGHTS_FILE, dtype)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} is missing, truncated or no safetensors file: {_first_line(error)}"
+        ) from error
+    try:
+        install(model, layers)
+        missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
+    except (AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {_first_line(error)}") from error
+    for layer in layers.values():
+        layer.train(model.training).reset_aux_scale()
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+        tied = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta}
+        missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder} does not fit {type(model).__name__}: {_differences(missing, unexpected)}"
+            f"saved with transformers {recipe.get('transformers')}, here is {_installed_transformers()}"
+        )
+    return model
+
+
+def _read_weights(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Each tensor in memory of its own: as stored they are not aligned, which costs speed and changes roundings."""
+    with safe_open(path, "pt") as file:
+        tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a dict)
+        return {
+            name: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
+            for name, tensor in tensors
+        }
+
+
+def read_recipe(folder: Path) -> dict:
+    """The layout, version and layers of a checkpoint; CheckpointError for any that this version cannot read."""
+    path = folder / RECIPE_FILE
+    try:
+        recipe = json.loads(path.read_text())
+        layout, version = recipe["layout"], recipe["version"]
+        recipe["layers"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error!r}); copy the checkpoint again") from error
+    if (layout, version) != (LAYOUT, VERSION):
+        raise CheckpointError(
+            f"{folder} has layout {layout!r} version {version}; this libmoe_fast reads {LAYOUT!r} version {VERSION}. "
+            "Convert it, or install the version that wrote it"
+        )
+    return recipe
+
+
+def _load_dense(cls, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    try:
+        model, report = cls.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    if missing or unexpected or report["mismatched_keys"]:
+        raise CheckpointError(
+            f"{folder} does not fit {cls.__name__}: {_differences(missing, unexpected)}"
+            f"{_some('other shape', report['mismatched_keys'])}give a checkpoint of this architecture"
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty sibling to fill; on success it is fsynced and takes the place of `folder`, else it is removed.
+
+    Raises CheckpointError for what the disk refuses (full, read-only); `folder` is then as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+    try:
+        partial.mkdir()
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            fsync(path)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old)
+        else:
+            partial.rename(folder)
+        fsync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full: free some space and run again" if full else _first_line(error)
+        raise CheckpointError(f"{folder} could not be saved, the previous content survives; {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Forces a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _installed_transformers() -> str | None:
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _differences(missing, unexpected) -> str:
+    return _some("missing", missing) + _some("unexpected", unexpected)
+
+
+def _some(what: str, names) -> str:
+    names = list(names)
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(map(str, names[:3]))}{more}; "
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or repr(error)

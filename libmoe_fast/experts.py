@@ -1,0 +1,167 @@
+"""Stacked expert weights, fresh or copied from a dense MLP (sparse upcycling, Komatsuzaki et al. 2022)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from libmoe_fast import ops
+from libmoe_fast.errors import ConfigError
+from libmoe_fast.reference import ACTIVATIONS
+from libmoe_fast.spec import Routing, check_choice
+
+
+class Experts(nn.Module):
+    """N two-layer MLPs as stacked tensors: w1 [N, H, D] ([N, 2H, D] gated), b1 [N, H or 2H], w2 [N, O, H], b2 [N, O].
+
+    activation: one of reference.ACTIVATIONS. gated: act(gate) * up, w1 holding gate rows, then up rows.
+    bias: for both layers, or a pair (first, second).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        num_experts: int,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool | tuple[bool, bool] = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+        self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
+        self.num_experts, self.activation, self.gated = num_experts, activation, gated
+        self.bias = (bias, bias) if isinstance(bias, bool) else tuple(bias)
+        up_rows = hidden_features * (2 if gated else 1)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        self.w1 = parameter(up_rows, in_features)
+        self.b1 = parameter(up_rows) if self.bias[0] else None
+        self.w2 = parameter(out_features, hidden_features)
+        self.b2 = parameter(out_features) if self.bias[1] else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As nn.Linear initialises each expert's layers: uniform within 1 / sqrt(fan-in)."""
+        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+    @classmethod
+    def from_dense(cls, mlp: nn.Module, num_experts: int) -> "Experts":
+        """`num_experts` copies of a dense MLP, with its dtype, device and requires_grad. See `dense_parts`."""
+        parts = dense_parts(mlp)
+        out_features, hidden_features = parts.w2.shape
+        experts = cls(
+            parts.w1.shape[1],
+            hidden_features,
+            out_features,
+            num_experts=num_experts,
+            activation=parts.activation,
+            gated=parts.gated,
+            bias=(parts.b1 is not None, parts.b2 is not None),
+            device="meta",  # shapes only: the parameters are replaced below
+        )
+        for name in ("w1", "b1", "w2", "b2"):
+            dense = getattr(parts, name)
+            if dense is not None:
+                stacked = dense.detach().expand(num_experts, *dense.shape).clone()  # [N, ...]
+                setattr(experts, name, nn.Parameter(stacked, requires_grad=dense.requires_grad))
+        return experts
+
+    def forward(self, x: Tensor, routing: Routing, backend: str | None = None) -> Tensor:
+        """x [T, D] -> [T, O]: the weighted sum of each token's chosen experts."""
+        tensors = (self.w1, self.b1, self.w2, self.b2)
+        if x.dtype != self.w1.dtype:  # under autocast, as nn.Linear does
+            tensors = (None if t is None else t.to(x.dtype) for t in tensors)
+        return ops.experts(
+            x, routing.weights, routing.index, *tensors, activation=self.activation, gated=self.gated, backend=backend
+        )
+
+    def extra_repr(self) -> str:
+        shape = f"{self.in_features} -> {self.hidden_features} -> {self.out_features}"
+        return f"{self.num_experts} x {shape}, {self.activation}{', gated' if self.gated else ''}"
+
+
+class DenseParts(NamedTuple):
+    """A dense MLP taken apart: w1 [H or 2H, D], b1, w2 [O, H], b2, the activation's name, and whether it is gated."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    activation: str
+    gated: bool
+
+
+# Attribute names (first layer, activation, second layer) of plain two-layer MLPs.
+PLAIN_LAYOUTS = (
+    ("fc1", "activation_fn", "fc2"),  # CLIPMLP, SiglipMLP
+    ("linear_1", "act", "linear_2"),  # LlavaMultiModalProjector
+)
+# Attribute names (first layers, activation, second layer) of gated MLPs.
+GATED_LAYOUTS = (
+    (("gate_proj", "up_proj"), "act_fn", "down_proj"),  # LlamaMLP, MistralMLP, Qwen2MLP
+    (("gate_up_proj",), "activation_fn", "down_proj"),  # Phi3MLP
+)
+
+
+def dense_parts(mlp: nn.Module) -> DenseParts:
+    """Takes a dense MLP apart: CLIPMLP, SiglipMLP, LlavaMultiModalProjector, nn.Sequential(Linear, act, Linear),
+    and the gated MLPs of Llama and Phi-3.
+
+    Raises ConfigError for any other module, an unknown activation, or weights that DeepSpeed has partitioned.
+    """
+    layers, act, gated = find_layers(mlp)
+    if any(getattr(layer.weight, "ds_id", None) is not None for layer in layers):
+        raise ConfigError(
+            f"the weights of {type(mlp).__name__} are partitioned by DeepSpeed ZeRO-3; "
+            "upcycle the model before deepspeed.initialize, outside deepspeed.zero.Init"
+        )
+    *first, second = layers
+
+    def joined(name: str) -> Tensor | None:
+        tensors = [getattr(layer, name) for layer in first]
+        if len(tensors) == 1 or tensors[0] is None:
+            return tensors[0]
+        return torch.cat([t.detach() for t in tensors]).requires_grad_(tensors[0].requires_grad)
+
+    return DenseParts(joined("weight"), joined("bias"), second.weight, second.bias, activation_name(act), gated)
+
+
+def find_layers(mlp: nn.Module) -> tuple[list[nn.Linear], nn.Module, bool]:
+    """(its linear layers, its activation, gated) or ConfigError."""
+    children = dict(mlp.named_children())
+    if isinstance(mlp, nn.Sequential) and len(mlp) == 3 and isinstance(mlp[0], nn.Linear):
+        return [mlp[0], mlp[2]], mlp[1], False
+    for first, act, second in PLAIN_LAYOUTS:
+        if {first, act, second} <= children.keys():
+            return [children[first], children[second]], children[act], False
+    for first, act, second in GATED_LAYOUTS:
+        if {*first, act, second} <= children.keys():
+            return [*(children[name] for name in first), children[second]], children[act], True
+    raise ConfigError(
+        f"{type(mlp).__name__} with children {sorted(children)} is not a two-layer MLP that libmoe_fast knows; "
+        "give CLIPMLP, SiglipMLP, LlavaMultiModalProjector, LlamaMLP, Phi3MLP or nn.Sequential(Linear, act, Linear)"
+    )
+
+
+def activation_name(act: nn.Module) -> str:
+    """Recognises an activation by what it computes: class names differ between versions, functions do not."""
+    probe = torch.linspace(-6, 6, 49, dtype=torch.float64, device="cpu")
+    value = act(probe)
+    for name, function in ACTIVATIONS.items():
+        if torch.allclose(value, function(probe), rtol=0, atol=1e-9):
+            return name
+    raise ConfigError(
+        f"activation {type(act).__name__} computes none of the supported functions: {', '.join(ACTIVATIONS)}"
+    )

@@ -1,0 +1,217 @@
+"""MoE = router + experts: the drop-in nn.Module.
+
+    x [..., D] -> router -> (index, gate weights) [T, K] -> experts -> y [..., O]
+
+It takes what a dense MLP takes and returns one tensor of the same dtype. The auxiliary loss rides along on the gate
+weights (ops.attach_aux_loss), so training code that only knows `loss.backward()` trains the router correctly.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from libmoe_fast import losses, ops
+from libmoe_fast.errors import ConfigError
+from libmoe_fast.experts import Experts
+from libmoe_fast.routers import build_router
+from libmoe_fast.spec import Routing, check_choice
+
+
+class MoE(nn.Module):
+    """A sparse mixture of experts with O(K) work per token, dropless (LibMoE eq. 1-3).
+
+    Args:
+        in_features, hidden_features, out_features: D, H, O of every expert.
+        num_experts, top_k: N and K.
+        router: a registered name ("smoe", "cosine", "perturbed_cosine", "sigmoid", "hyper"), or "package.module:Class".
+        router_options: keyword options of that router.
+        activation, gated, bias: of every expert, see Experts.
+        balance_coef, z_coef: weights of the balance loss and the z-loss in the auxiliary loss.
+        balance_over: "top1" counts first choices (LibMoE), "topk" all K.
+        balance_scope: "sequence" averages the balance loss over sequences [.., S, D]; "batch" takes all tokens as one.
+        aux_mode: "attach" (backward adds the auxiliary loss by itself), "return" (forward returns (y, aux_loss) and
+            the caller adds it), or "off".
+        backend: see ops; None chooses by device.
+
+    After a training forward, `aux_loss`, `balance_loss`, `z_loss` (scalars) and `last_expert_share` ([N], the share of
+    the T*K choices that each expert got) hold detached values for logging; they are None before it.
+    """
+
+    aux_scale: Tensor  # gradient that arrives at the training loss; the aux loss is scaled by it in backward
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool | tuple[bool, bool] = True,
+        device=None,
+        dtype=None,
+        **layer_options,
+    ) -> None:
+        super().__init__()
+        experts = Experts(
+            in_features,
+            hidden_features,
+            out_features,
+            num_experts=num_experts,
+            activation=activation,
+            gated=gated,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self._assemble(experts, top_k=top_k, **layer_options)
+
+    @classmethod
+    def from_dense(cls, mlp: nn.Module, *, num_experts: int = 4, top_k: int = 2, **layer_options) -> "MoE":
+        """Upcycles a dense MLP: every expert is a copy, the gate is drawn from N(0, 0.02).
+
+        `mlp` is a CLIPMLP, SiglipMLP, LlavaMultiModalProjector, nn.Sequential(Linear, act, Linear), or a gated Llama
+        or Phi-3 MLP; `layer_options` are those of MoE from `router` on. With weights that sum to 1, which all
+        default routers give, the MoE equals `mlp` to rounding. Raises ConfigError for other modules.
+        """
+        moe = cls.__new__(cls)
+        nn.Module.__init__(moe)
+        moe._assemble(Experts.from_dense(mlp, num_experts), top_k=top_k, **layer_options)
+        return moe.train(mlp.training)
+
+    def _assemble(
+        self,
+        experts: Experts,
+        *,
+        top_k: int,
+        router: str = "smoe",
+        router_options: dict | None = None,
+        balance_coef: float = 0.01,
+        z_coef: float = 0.001,
+        balance_over: Literal["top1", "topk"] = "top1",
+        balance_scope: Literal["sequence", "batch"] = "sequence",
+        aux_mode: Literal["attach", "return", "off"] = "attach",
+        backend: str | None = None,
+    ) -> None:
+        check_choice("balance_over", balance_over, ("top1", "topk"))
+        check_choice("balance_scope", balance_scope, ("sequence", "batch"))
+        check_choice("aux_mode", aux_mode, ("attach", "return", "off"))
+        if balance_coef < 0 or z_coef < 0:
+            raise ConfigError(f"balance_coef is {balance_coef} and z_coef {z_coef}; neither may be negative")
+        weight = experts.w1
+        self.router = build_router(
+            router,
+            experts.in_features,
+            experts.num_experts,
+            top_k,
+            **(router_options or {}),
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        self.experts = experts
+        self.router_name, self.router_options = router, dict(router_options or {})
+        self.balance_coef, self.z_coef = balance_coef, z_coef
+        self.balance_over, self.balance_scope = balance_over, balance_scope
+        self.aux_mode, self.backend = aux_mode, backend
+        self.register_buffer("aux_scale", None, persistent=False)
+        self.reset_aux_scale()
+        self.clear_statistics()
+        self._records: list[Routing] | None = None  # a list while record_routing is active
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """x [..., D] -> y [..., O] in the dtype of x (of autocast, where it is on); (y, aux_loss) with "return".
+
+        Raises ConfigError when the last dimension is not D, or the dtype is not the experts'.
+        """
+        backend = ops.choose_backend(self.backend, x.device)
+        with autocast_dtype(x) as dtype:
+            self._check(x, dtype)
+            tokens = x.reshape(-1, x.shape[-1])  # [T, D]
+            routing = self.router(tokens, backend)
+            aux_loss = self._aux_loss(routing, x.shape) if self.training and self.aux_mode != "off" else None
+            if aux_loss is not None and self.aux_mode == "attach" and torch.is_grad_enabled():
+                routing = routing._replace(weights=ops.attach_aux_loss(routing.weights, aux_loss, self.aux_scale))
+            self._record(routing, x.shape)
+            y = self.experts(tokens.to(dtype), routing, backend)  # [T, O]
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        if self.aux_mode == "return":
+            return y, routing.probs.new_zeros(()) if aux_loss is None else aux_loss
+        return y
+
+    def clear_statistics(self) -> None:
+        """Forgets the logged values, so that a batch that skips this layer cannot report an older one's."""
+        self.aux_loss = self.balance_loss = self.z_loss = self.last_expert_share = None
+
+    def config(self) -> dict:
+        """Keyword arguments that build a layer like this one (JSON-able); what a checkpoint stores."""
+        experts = self.experts
+        return {
+            "in_features": experts.in_features,
+            "hidden_features": experts.hidden_features,
+            "out_features": experts.out_features,
+            "num_experts": experts.num_experts,
+            "top_k": self.router.spec.top_k,
+            "activation": experts.activation,
+            "gated": experts.gated,
+            "bias": list(experts.bias),
+            "router": self.router_name,
+            "router_options": self.router_options,
+            "balance_coef": self.balance_coef,
+            "z_coef": self.z_coef,
+            "balance_over": self.balance_over,
+            "balance_scope": self.balance_scope,
+        }
+
+    def _check(self, x: Tensor, dtype: torch.dtype) -> None:
+        if x.shape[-1] != self.experts.in_features:
+            raise ConfigError(
+                f"tokens have shape {tuple(x.shape)}, but this MoE takes [..., D] with D = {self.experts.in_features}"
+            )
+        if dtype is x.dtype and dtype != self.experts.w1.dtype:
+            raise ConfigError(
+                f"tokens are {x.dtype}, but the experts are {self.experts.w1.dtype}; "
+                "cast one of them, or run under torch.autocast"
+            )
+
+    def _aux_loss(self, routing: Routing, shape: torch.Size) -> Tensor | None:
+        """balance_coef * balance + z_coef * z, and what is logged of it; None for a router without one."""
+        hits = routing.index.unsqueeze(-1) == torch.arange(self.experts.num_experts, device=routing.index.device)
+        self.last_expert_share = hits.sum((0, 1)) / max(routing.index.numel(), 1)  # [N]
+        if not self.router.spec.aux:
+            return None
+        sequences = shape[:-2].numel() if self.balance_scope == "sequence" else 1
+        balance = losses.balance_loss(routing.probs, routing.index, sequences=sequences, over=self.balance_over)
+        z = losses.z_loss(routing.logits)
+        aux_loss = self.balance_coef * balance + self.z_coef * z
+        self.balance_loss, self.z_loss, self.aux_loss = balance.detach(), z.detach(), aux_loss.detach()
+        return aux_loss
+
+    def _record(self, routing: Routing, shape: torch.Size) -> None:
+        """Appends the detached routing, with the leading shape of x. Recomputation in backward is not a new forward."""
+        if self._records is not None and torch._C._current_graph_task_id() == -1:
+            self._records.append(Routing(*(t.detach().view(*shape[:-1], t.shape[-1]) for t in routing)))
+
+    def reset_aux_scale(self) -> None:
+        """Back to 1, where the weights are. float32 whatever the model is: it holds fp16 loss scales."""
+        self.aux_scale = torch.ones((), dtype=torch.float32, device=self.experts.w1.device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.reset_aux_scale()  # undo a cast; a move from the meta device left it without a value
+        return self
+
+
+@contextlib.contextmanager
+def autocast_dtype(x: Tensor) -> Iterator[torch.dtype]:
+    """The dtype that experts run in, with autocast off inside: routing stays in float32, as written."""
+    if not (x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)):
+        yield x.dtype
+        return
+    dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        yield dtype

@@ -1,0 +1,266 @@
+"""The five routers of LibMoE, each a RouterSpec plus the parameters it learns, and a registry for a sixth.
+
+A router that fits the pipeline of RouterSpec is one small class: declare the spec, hold `weight` (and `bias`), and
+every backend runs it. One that does not overrides `forward` and returns a Routing.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from libmoe_fast import ops
+from libmoe_fast.errors import ConfigError
+from libmoe_fast.spec import RouterSpec, Routing, check_choice
+
+GATE_STD = 0.02  # LibMoE draws every gate from N(0, 0.02)
+
+ROUTERS: dict[str, type["Router"]] = {}
+
+
+def register_router(name: str) -> Callable[[type["Router"]], type["Router"]]:
+    """Class decorator: makes a Router subclass known as `router=name`. A taken name is a ConfigError."""
+
+    def register(cls: type["Router"]) -> type["Router"]:
+        if ROUTERS.get(name, cls) is not cls:
+            raise ConfigError(f"router name {name!r} is taken by {ROUTERS[name].__name__}; choose another")
+        ROUTERS[name] = cls
+        return cls
+
+    return register
+
+
+def find_router(name: str) -> type["Router"]:
+    """The class registered as `name`, or found at "package.module:ClassName".
+
+    Raises ConfigError for an unknown name or an import that fails.
+    """
+    if name in ROUTERS:
+        return ROUTERS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"unknown router {name!r}; choose one of {', '.join(ROUTERS)}, or name a class as 'package.module:Class'"
+        )
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"router {name!r} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Router)):
+        raise ConfigError(f"router {name!r} is not a subclass of libmoe_fast.Router")
+    return cls
+
+
+def build_router(name: str, dim: int, num_experts: int, top_k: int, **options) -> "Router":
+    """Builds a router by name. Options it does not have are a ConfigError that lists those it has."""
+    cls = find_router(name)
+    known = [p for p in inspect.signature(cls).parameters if p not in ("dim", "num_experts", "top_k")]
+    if unknown := sorted(set(options) - set(known)):
+        allowed = ", ".join(o for o in known if o not in ("device", "dtype"))
+        raise ConfigError(f"router {name!r} has no option {', '.join(unknown)}; it has: {allowed or 'none'}")
+    return cls(dim, num_experts, top_k, **options)
+
+
+class Router(nn.Module):
+    """Scores tokens x [T, D] against N experts and chooses K (see RouterSpec for the pipeline).
+
+    Holds `weight` [N, D] ~ N(0, 0.02) and, where the spec has one, `bias` [N] = 0.
+    """
+
+    def __init__(self, dim: int, spec: RouterSpec, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.dim, self.spec = dim, spec
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, dim, device=device, dtype=dtype))  # [N, D]
+        if spec.bias != "none":
+            self.bias = nn.Parameter(torch.empty(spec.num_experts, device=device, dtype=dtype))  # [N]
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=GATE_STD)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def set_progress(self, step: int, total: int) -> None:
+        """Tells the router how far training is; only routers with a schedule listen."""
+
+    def forward(self, x: Tensor, backend: str | None = None) -> Routing:
+        return ops.route(x, self.weight, self.bias, spec=self.spec, backend=backend)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_experts={self.spec.num_experts}, top_k={self.spec.top_k}"
+
+
+@register_router("smoe")
+class SMoERouter(Router):
+    """Softmax top-K gate (Shazeer et al. 2017; Fedus et al. 2022).
+
+    noise: training noise on the score, LibMoE eq. 2. "off" (LibMoE v1.1), "gaussian" (std `noise_std`), or "learned":
+    noisy top-k, std softplus(x . noise_weight_i) (Shazeer et al. 2017, eq. 4), noise_weight [N, D] from zero.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, noise="off", noise_std: float = 1.0, device=None, dtype=None
+    ) -> None:
+        spec = RouterSpec(num_experts=num_experts, top_k=top_k, noise=noise, noise_std=noise_std)
+        super().__init__(dim, spec, device=device, dtype=dtype)
+        if noise == "learned":
+            self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))  # [N, D]
+        else:
+            self.register_parameter("noise_weight", None)
+
+    def forward(self, x: Tensor, backend: str | None = None) -> Routing:
+        noise = None
+        if self.training and self.spec.noise != "off":
+            noise = torch.randn(x.shape[0], self.spec.num_experts, device=x.device, dtype=torch.float32)  # [T, N]
+        return ops.route(
+            x, self.weight, None, spec=self.spec, noise=noise, noise_weight=self.noise_weight, backend=backend
+        )
+
+
+@register_router("cosine")
+class CosineRouter(Router):
+    """Cosine gate (Chi et al. 2022): softmax(cos / temperature), bias on the selection score, softmax over the chosen.
+
+    temperature: fixed, or the start of a learned one (`learn_temperature`; kept positive as exp(log_temperature)).
+    proj_dim: score in a learned low-dimensional projection of x (Chi et al., section 3.2); None scores x itself.
+    """
+
+    tau = 0.0
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        proj_dim: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if temperature <= 0:
+            raise ConfigError(f"temperature is {temperature}; it must be positive")
+        if proj_dim is not None and proj_dim < 1:
+            raise ConfigError(f"proj_dim is {proj_dim}; it must be at least 1, or None for no projection")
+        spec = RouterSpec(
+            num_experts=num_experts, top_k=top_k, score="cosine", tau=self.tau, bias="selection", gate="softmax"
+        )
+        super().__init__(proj_dim or dim, spec, device=device, dtype=dtype)
+        self.projection = nn.Linear(dim, proj_dim, bias=False, device=device, dtype=dtype) if proj_dim else None
+        self.temperature = temperature
+        if learn_temperature:
+            start = torch.full((), math.log(temperature), device=device, dtype=dtype)
+            self.log_temperature = nn.Parameter(start)
+        else:
+            self.register_parameter("log_temperature", None)
+
+    def forward(self, x: Tensor, backend: str | None = None) -> Routing:
+        if self.projection is not None:
+            x = ops.float_linear(x, self.projection.weight)  # [T, proj_dim]
+        temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()
+        return ops.route(x, self.weight, self.bias, spec=self.spec, temperature=temperature, backend=backend)
+
+
+@register_router("perturbed_cosine")
+class PerturbedCosineRouter(CosineRouter):
+    """Cosine gate with tau = 0.1 added to both norms, which restores fast estimation rates (Nguyen et al. 2024a)."""
+
+    tau = 0.1
+
+
+@register_router("sigmoid")
+class SigmoidRouter(Router):
+    """Sigmoid gate with a bias on the score (Csordas et al. 2023).
+
+    normalize: "softmax" (LibMoE v1.1: p = softmax(sigmoid(score)), w = p / sum p), "sum" (p = sigmoid(score),
+    w = p / sum p), or "none" (sigma-MoE: w = sigmoid(score); weights do not sum to 1, so an upcycled layer does
+    not start equal to its dense MLP).
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, normalize: str = "softmax", device=None, dtype=None
+    ) -> None:
+        check_choice("normalize", normalize, ("softmax", "sum", "none"))
+        spec = RouterSpec(
+            num_experts=num_experts,
+            top_k=top_k,
+            bias="score",
+            probability="softmax_sigmoid" if normalize == "softmax" else "sigmoid",
+            gate="none" if normalize == "none" else "sum",
+        )
+        super().__init__(dim, spec, device=device, dtype=dtype)
+
+
+@register_router("hyper")
+class HyperRouter(Router):
+    """A gate generated by a frozen random hypernetwork from one learned embedding (Do et al. 2023).
+
+    [W, b] = hypernetwork(embedding): Linear(D, D/4), ReLU, Linear(D/4, N (D + 1)). Only `embedding` [D] learns.
+    In training K rises from 1 to top_k with `set_progress`: round((top_k - 1) * step / total) + 1; before the first
+    call, and in evaluation, it is top_k.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, *, device=None, dtype=None) -> None:
+        spec = RouterSpec(
+            num_experts=num_experts, top_k=top_k, bias="score", probability="identity", gate="softmax", aux=False
+        )
+        nn.Module.__init__(self)  # weight and bias are generated, not parameters
+        self.dim, self.spec = dim, spec
+        # One spec per K, made once: a schedule step is then an index, which torch.compile can guard on.
+        self.schedule = [dataclasses.replace(spec, top_k=k) for k in range(1, top_k + 1)]
+        self.training_top_k = top_k
+        self.embedding = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))  # [D]
+        self.hypernet = Hypernetwork(dim, num_experts, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding)
+        self.hypernet.reset_parameters()
+
+    def set_progress(self, step: int, total: int) -> None:
+        done = min(max(step / max(total, 1), 0.0), 1.0)
+        self.training_top_k = round((self.spec.top_k - 1) * done) + 1
+
+    def forward(self, x: Tensor, backend: str | None = None) -> Routing:
+        weight, bias = self.hypernet(self.embedding)
+        spec = self.schedule[self.training_top_k - 1] if self.training else self.spec
+        return ops.route(x, weight, bias, spec=spec, backend=backend)
+
+
+class Hypernetwork(nn.Module):
+    """embedding [D] -> W [N, D], b [N] in float32. Its tensors are buffers: saved with the model, so that a reload
+    gives the same gate, and out of reach of `requires_grad_(True)`, so that "train everything" leaves it frozen.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.dim, self.num_experts = dim, num_experts
+        hidden = max(dim // 4, 1)
+        for name, shape in {
+            "w1": (hidden, dim),
+            "b1": (hidden,),
+            "w2": (num_experts * (dim + 1), hidden),
+            "b2": (num_experts * (dim + 1),),
+        }.items():
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """He scaling, so that a standard normal embedding generates gates of standard deviation 0.02."""
+        hidden, dim = self.w1.shape
+        nn.init.normal_(self.w1, std=math.sqrt(2 / dim))
+        nn.init.normal_(self.w2, std=GATE_STD / math.sqrt(hidden))
+        nn.init.zeros_(self.b1)
+        nn.init.zeros_(self.b2)
+
+    def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(ops.float_linear(embedding, self.w1) + self.b1)  # [D / 4]
+        flat = ops.float_linear(hidden, self.w2) + self.b2  # [N (D + 1)]
+        rows = flat.view(self.num_experts, self.dim + 1)  # [N, D + 1]: W_i, then b_i
+        return rows[:, :-1], rows[:, -1]

@@ -1,0 +1,76 @@
+"""What a router is, as data: the choices that a kernel specialises on, and what routing returns.
+
+score -> probability p -> selection score s -> top-K of s (ties: lowest index) -> gate weights w
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args, get_type_hints
+
+from torch import Tensor
+
+from libmoe_fast.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """The routing pipeline of one router. Hashable: fused kernels take it as their compile-time arguments.
+
+    score        "linear"  x . w_i
+                 "cosine"  x . w_i / ((norm x + tau) (norm w_i + tau))
+    bias         where b_i enters: "none", "score" (before p) or "selection" (s = p + b_i)
+    probability  p from the scores: "softmax" of score / temperature, "sigmoid", "softmax_sigmoid" (softmax of the
+                 sigmoids), or "identity"
+    gate         w over the chosen experts: "sum" (p / sum p), "softmax" (of s), or "none" (p as it is)
+    noise        training noise on the score: "off", "gaussian" (noise_std), or "learned" (noisy top-k)
+    aux          whether balance and z loss apply to this router
+    """
+
+    num_experts: int
+    top_k: int
+    score: Literal["linear", "cosine"] = "linear"
+    tau: float = 0.0
+    bias: Literal["none", "score", "selection"] = "none"
+    probability: Literal["softmax", "sigmoid", "softmax_sigmoid", "identity"] = "softmax"
+    gate: Literal["sum", "softmax", "none"] = "sum"
+    noise: Literal["off", "gaussian", "learned"] = "off"
+    noise_std: float = 0.0
+    aux: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ConfigError(f"num_experts is {self.num_experts}; it must be at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(
+                f"top_k is {self.top_k} with num_experts {self.num_experts}; choose 1 <= top_k <= num_experts"
+            )
+        for field, hint in get_type_hints(type(self)).items():
+            if choices := get_args(hint):
+                check_choice(field, getattr(self, field), choices)
+        if self.tau < 0 or self.noise_std < 0:
+            raise ConfigError(f"tau is {self.tau} and noise_std {self.noise_std}; neither may be negative")
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """Whether the gate weights of a token sum to 1, so that an upcycled layer equals its dense MLP."""
+        return self.gate != "none"
+
+
+class Routing(NamedTuple):
+    """Where every token goes. T tokens may keep their leading shape [..., T] in records.
+
+    index    [T, K] int64   chosen experts, best first
+    weights  [T, K] float32 gate weights (float64 for float64 tokens)
+    probs    [T, N] float32 p, before any selection bias
+    logits   [T, N] float32 what the z-loss is taken of: the scores (their sigmoids where p is made of those)
+    """
+
+    index: Tensor
+    weights: Tensor
+    probs: Tensor
+    logits: Tensor
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raises ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,198 @@
+"""Swap the dense MLPs of a LLaVA's vision encoder and projector for MoE layers, in place.
+
+Modules are found by class, not by path: transformers moved the paths between versions, the original LLaVA has others.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from libmoe_fast.errors import ConfigError
+from libmoe_fast.layer import MoE
+from libmoe_fast.spec import Routing
+
+TARGETS = ("vision", "projector")
+VISION_MLPS = ("CLIPMLP", "SiglipMLP", "Siglip2MLP")
+PROJECTORS = ("LlavaMultiModalProjector",)
+ORIGINAL_LLAVA_PROJECTOR = "mm_projector"  # an nn.Sequential(Linear, GELU, Linear), known by its attribute name
+ORIGINAL_LLAVA_TOWER = "CLIPVisionTower"  # its forward runs under torch.no_grad
+
+
+def upcycle(
+    model: nn.Module,
+    *,
+    router: str = "smoe",
+    num_experts: int = 4,
+    top_k: int = 2,
+    targets: Iterable[str] = TARGETS,
+    **layer_options,
+) -> nn.Module:
+    """Replaces the MLPs of the vision encoder and the projector by MoE layers whose experts are copies of them.
+
+    Works on Hugging Face LLaVA (transformers 4.57 and 5), on the original LLaVA, and on any module that holds
+    CLIPMLP, SiglipMLP or LlavaMultiModalProjector. Gates are drawn from N(0, 0.02), independently per layer. Load the
+    dense weights first; upcycle before deepspeed.initialize.
+
+    A forward hook on `model` reads the gradient that arrives at `output.loss` (1 / accumulation steps, the fp16 loss
+    scale) and scales the auxiliary losses by it; see `scale_aux_loss` for a loss computed outside the model.
+
+    Args:
+        targets: what to swap, of "vision" and "projector".
+        layer_options: those of MoE from `router` on (router_options, balance_coef, backend, ...).
+    Returns: `model`. Raises ConfigError, with nothing swapped, when a target is unknown or nothing of it is found, or
+        the options cannot work.
+    """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    found = find_dense_mlps(model, targets)
+    # Build all before swapping any: an error halfway must leave the model as it was.
+    layers = {
+        name: MoE.from_dense(mlp, router=router, num_experts=num_experts, top_k=top_k, **layer_options)
+        for name, mlp in found.items()
+    }
+    install(model, layers)
+    if any(type(module).__name__ == ORIGINAL_LLAVA_TOWER for module in model.modules()) and "vision" in targets:
+        warnings.warn(
+            "the original LLaVA's CLIPVisionTower.forward runs under torch.no_grad: its experts and gates will NOT "
+            "train until that decorator is removed from the class (llava/model/multimodal_encoder/clip_encoder.py)",
+            stacklevel=2,
+        )
+    return model
+
+
+def find_dense_mlps(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> dict[str, nn.Module]:
+    """Dotted name -> dense MLP, in model order. Raises ConfigError for an unknown target or one that is not there."""
+    if unknown := [t for t in targets if t not in TARGETS]:
+        raise ConfigError(f"unknown upcycle target {unknown[0]!r}; choose of {', '.join(TARGETS)}")
+    found = {}
+    for target in targets:
+        matches = _vision_mlps(model) if target == "vision" else _projectors(model)
+        if not matches:
+            kinds = VISION_MLPS if target == "vision" else (*PROJECTORS, ORIGINAL_LLAVA_PROJECTOR)
+            done = " (it has been upcycled before)" if moe_layers(model) else ""
+            raise ConfigError(
+                f"{type(model).__name__} has no {target} MLP to upcycle{done}; looked for {', '.join(kinds)}"
+            )
+        found.update(matches)
+    return found
+
+
+def _vision_mlps(model: nn.Module) -> dict[str, nn.Module]:
+    """MLPs under a module whose class says Vision: a CLIP model's text encoder has CLIPMLPs too."""
+    found = {}
+    for prefix, tower in model.named_modules():
+        if "Vision" in type(tower).__name__:
+            for name, module in tower.named_modules(prefix=prefix):
+                if type(module).__name__ in VISION_MLPS:
+                    found[name] = module
+    return found
+
+
+def _projectors(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ in PROJECTORS
+        or (name.rpartition(".")[2] == ORIGINAL_LLAVA_PROJECTOR and isinstance(module, nn.Sequential))
+    }
+
+
+def install(model: nn.Module, layers: dict[str, MoE]) -> None:
+    """Puts MoE layers at dotted names of `model`, and the hooks that serve them on `model` itself."""
+    for name, layer in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
+    if _forget_statistics not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_forget_statistics)
+        model.register_forward_hook(_watch_loss)
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """Dotted name -> MoE layer, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def set_training_progress(model: nn.Module, step: int, total: int) -> None:
+    """Tells the routers that `step` of `total` optimiser steps are done (hyper raises its K with it)."""
+    for layer in moe_layers(model).values():
+        layer.router.set_progress(step, total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scaling of the auxiliary loss
+
+
+def scale_aux_loss(model: nn.Module, loss: Tensor) -> Tensor:
+    """Returns `loss`; when its backward begins, the auxiliary losses take the scale of the gradient that arrives.
+
+    `upcycle` does this for a loss that the model returns. Call it for a loss computed outside of the model and then
+    divided or multiplied (gradient accumulation, fp16 loss scaling).
+    """
+    if loss.requires_grad:
+        layers = list(moe_layers(model).values())
+
+        def set_scale(grad: Tensor) -> None:
+            for layer in layers:
+                # Through .data: backward of this very graph has saved the tensor, and must see the new value.
+                layer.aux_scale.data.copy_(grad.detach())
+
+        loss.register_hook(set_scale)
+    return loss
+
+
+def _watch_loss(model: nn.Module, _inputs, output) -> None:
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].dim() == 0:
+        loss = output[0]
+    if loss is not None:
+        scale_aux_loss(model, loss)
+
+
+def _forget_statistics(model: nn.Module, _inputs) -> None:
+    for layer in moe_layers(model).values():
+        layer.clear_statistics()
+
+
+@contextlib.contextmanager
+def aux_loss_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, forward passes attach no auxiliary loss and leave the logged values alone (dummy images, probes)."""
+    layers = list(moe_layers(model).values())
+    modes = [layer.aux_mode for layer in layers]
+    for layer in layers:
+        layer.aux_mode = "off"
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.aux_mode = mode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Routing records
+
+
+@dataclass(frozen=True)
+class RoutingRecorder:
+    """records: dotted layer name -> one Routing per forward, with the leading shape of x kept: [images, tokens, ..]."""
+
+    records: dict[str, list[Routing]]
+
+    def clear(self) -> None:
+        for routings in self.records.values():
+            routings.clear()
+
+
+@contextlib.contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
+    """Inside, every MoE forward appends its Routing (detached, on its device, no host sync) to the recorder."""
+    layers = moe_layers(model)
+    recorder = RoutingRecorder({name: [] for name in layers})
+    for name, layer in layers.items():
+        layer._records = recorder.records[name]
+    try:
+        yield recorder
+    finally:
+        for layer in layers.values():
+            layer._records = None
