@@ -1,0 +1,23 @@
+// Schemas and registration. Fakes and autograd are registered from Python (libmoe_fast/ops.py).
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+// Read from the file by libmoe_fast/extension.py, without loading it: a library that will not load can still say which
+// torch it was built with.
+extern "C" __attribute__((used, visibility("default"))) const char libmoe_fast_built_with[] =
+    "libmoe_fast built with torch " LIBMOE_FAST_TORCH_VERSION;
+
+STABLE_TORCH_LIBRARY(libmoe_fast, m) {
+  m.def("permute_index(Tensor index, int num_experts) -> (Tensor order, Tensor inverse, Tensor offsets)");
+  m.def("gather(Tensor x, Tensor order, int top_k, Tensor? weights=None) -> Tensor");
+  m.def("weighted_scatter(Tensor y, Tensor inverse, int top_k, Tensor? weights=None) -> Tensor");
+  m.def("row_dot(Tensor a, Tensor b, Tensor inverse, int top_k) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(libmoe_fast, CPU, m) {
+  m.impl("permute_index", TORCH_BOX(&libmoe_fast::permute_index));
+  m.impl("gather", TORCH_BOX(&libmoe_fast::gather));
+  m.impl("weighted_scatter", TORCH_BOX(&libmoe_fast::weighted_scatter));
+  m.impl("row_dot", TORCH_BOX(&libmoe_fast::row_dot));
+}

@@ -1,0 +1,89 @@
+"""The C++ extension (csrc/): finding it, loading it, and saying exactly why where it cannot be loaded.
+
+It is a library of torch ops on torch's stable ABI, `_cpu.abi3.so` beside this file, loaded with torch.ops.load_library.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+NAME = "_cpu"
+OPS = ("permute_index", "gather", "weighted_scatter", "row_dot")
+TORCH_FLOOR = (2, 13)  # as in setup.py
+
+_REBUILD = (
+    "rebuild it against the torch that is installed: in a checkout `pip install --no-build-isolation --no-deps -e .`, "
+    "else `pip install --no-build-isolation --no-deps --force-reinstall libmoe_fast`"
+)
+_BUILD = (
+    "install g++ 11 or newer (apt install g++) and install libmoe_fast again; with LIBMOE_FAST_BUILD=1 an extension "
+    "that cannot be built is an error"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtensionState:
+    """Whether the extension is loaded, and if not, why and what to do."""
+
+    loaded: bool
+    path: str | None = None  # None: there is no such file
+    reason: str | None = None  # None where loaded
+    hint: str | None = None
+    built_with: str | None = None  # the torch version it was built with, where the file says so
+
+
+@functools.cache
+def load() -> ExtensionState:
+    """Loads the extension, once per process. Never raises: whatever went wrong is in the state it returns."""
+    path = find(Path(__file__).parent)
+    if path is None:
+        return ExtensionState(
+            loaded=False, reason="the C++ extension was not built when libmoe_fast was installed", hint=_BUILD
+        )
+    return load_file(path)
+
+
+def find(folder: Path) -> Path | None:
+    """The extension's file in `folder`, or None."""
+    candidates = (folder / f"{NAME}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def load_file(path: Path) -> ExtensionState:
+    """Loads the extension from `path`. Never raises."""
+    built_with = None
+    try:
+        built_with = read_built_with(path)
+        torch.ops.load_library(str(path))
+        missing = [op for op in OPS if not hasattr(torch.ops.libmoe_fast, op)]
+    except Exception as error:  # a broken library must not break `import libmoe_fast`: its state says what broke
+        return ExtensionState(
+            loaded=False, path=str(path), reason=_why(path, built_with, error), hint=_hint(), built_with=built_with
+        )
+    if missing:
+        reason = f"{path.name} is older than this libmoe_fast: it has no op {', '.join(missing)}"
+        return ExtensionState(loaded=False, path=str(path), reason=reason, hint=_REBUILD, built_with=built_with)
+    return ExtensionState(loaded=True, path=str(path), built_with=built_with)
+
+
+def read_built_with(path: Path) -> str | None:
+    """The torch version written into the library (csrc/ops.cpp), read without loading it; None if there is none."""
+    match = re.search(rb"libmoe_fast built with torch ([\w.+-]+)\0", path.read_bytes())
+    return match and match.group(1).decode()
+
+
+def _why(path: Path, built_with: str | None, error: Exception) -> str:
+    if built_with is None:
+        return f"{path.name} is not a library of libmoe_fast, or it is cut short: {error}"
+    return f"{path.name}, built with torch {built_with}, does not load with torch {torch.__version__}: {error}"
+
+
+def _hint() -> str:
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version and tuple(map(int, version.groups())) < TORCH_FLOOR:
+        return f'install torch {".".join(map(str, TORCH_FLOOR))} or newer (pip install "torch>=2.13")'
+    return _REBUILD

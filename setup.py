@@ -1,0 +1,148 @@
+"""Builds csrc/ with ninja and maps the top-level folders into the package; pyproject.toml holds everything else.
+
+LIBMOE_FAST_BUILD decides about the C++ extension: unset builds it where a compiler is found, 1 makes a missing
+compiler an error, 0 skips it. Without the extension the pure-PyTorch `reference` backend does everything, only slower.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import setuptools
+
+ROOT = Path(__file__).parent.resolve()
+SETUPTOOLS_FLOOR = 77  # the first to read pyproject.toml's licence expression; torch needs it too
+TORCH_FLOOR = (2, 13)
+# The oldest torch whose stable ABI the library may use: major in the top byte, minor in the next.
+TORCH_TARGET_VERSION = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
+BUILDING_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+OLD_SETUPTOOLS = """\
+libmoe_fast: setuptools {found} is installed, but building needs {floor} or newer.
+  Either pip install "setuptools>={floor}", or leave out --no-build-isolation, and pip fetches one to build with."""
+
+NO_COMPILER = """\
+libmoe_fast: no C++ compiler found ({looked_for}), so the C++ extension is left out.
+  What works without it: everything, on the pure-PyTorch backend `reference`; token permutation on the CPU is slower.
+  To get it: install g++ 11 or newer (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda
+  install gxx), or name another compiler in CXX, and install again.
+  LIBMOE_FAST_BUILD=1 makes a missing compiler an error, LIBMOE_FAST_BUILD=0 leaves the extension out silently."""
+
+COMPILE_FAILED = """\
+libmoe_fast: compiling the C++ extension failed; the compiler's own message is above.
+  It needs a C++20 compiler, such as g++ 11 or newer (CXX names another one). LIBMOE_FAST_BUILD=0 installs without the
+  extension: everything then works on the pure-PyTorch backend `reference`; token permutation on the CPU is slower."""
+
+NO_TORCH = """\
+libmoe_fast: torch {found}, but the C++ extension is built against torch >= {floor}.
+  Either install torch first (pip install "torch>={floor}"), or leave out --no-build-isolation, and pip fetches one to
+  build with, or set LIBMOE_FAST_BUILD=0 to install without the extension (pure-PyTorch backend `reference`)."""
+
+
+def mapped_packages():
+    """Package name -> folder, for the folders whose name in the repository is not their name in the package.
+
+    Top-level `train/` is installed as libmoe_fast.train and `kernels/` as libmoe_fast.kernels: a top-level package
+    named `kernels` would shadow the one on PyPI that transformers imports.
+    """
+    return {f"libmoe_fast.{name}": name for name in ("train", "kernels") if any((ROOT / name).glob("*.py"))}
+
+
+def all_packages(mapping):
+    packages = ["libmoe_fast", *(f"libmoe_fast.{name}" for name in setuptools.find_packages(str(ROOT / "libmoe_fast")))]
+    for package, folder in mapping.items():
+        packages += [package, *(f"{package}.{name}" for name in setuptools.find_packages(str(ROOT / folder)))]
+    return packages
+
+
+def find_compiler():
+    """(The name looked for, whether it is there), as torch's own build will look for it."""
+    name = os.environ.get("CXX", "c++" if sys.platform == "darwin" else "g++")
+    return name, shutil.which(shlex.split(name)[0]) is not None
+
+
+def import_torch():
+    """torch, new enough to build against, or exit with one message."""
+    floor = ".".join(map(str, TORCH_FLOOR))
+    try:
+        import torch
+    except ImportError:
+        sys.exit(NO_TORCH.format(found="is not installed here", floor=floor))
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_FLOOR:
+        sys.exit(NO_TORCH.format(found=f"{torch.__version__} is installed", floor=floor))
+    return torch
+
+
+def extension_wanted():
+    """Whether this command builds the extension. A missing compiler is reported here, once."""
+    choice = os.environ.get("LIBMOE_FAST_BUILD", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"libmoe_fast: LIBMOE_FAST_BUILD is {choice!r}; expected 0, 1 or nothing")
+    if choice == "0" or not BUILDING_COMMANDS & set(sys.argv):
+        return False
+    looked_for, found = find_compiler()
+    if found:
+        return True
+    message = NO_COMPILER.format(looked_for=looked_for)
+    if choice == "1":
+        sys.exit(message)
+    print(message, file=sys.stderr)
+    return False
+
+
+def extension_options():
+    """setup() arguments for the extension: none when it is left out, and the wheel is then a pure-Python one."""
+    if not extension_wanted():
+        return {}
+    torch = import_torch()
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class Build(BuildExtension):
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:  # ninja, distutils and torch each raise a type of their own
+                sys.exit(f"{error}\n{COMPILE_FAILED}")
+
+    # A library of torch ops, loaded with torch.ops.load_library: it has no Python in it, so it needs no Python headers
+    # and no PyInit. A CUDA sibling must be a library of its own: a CPU-only torch cannot load one that needs CUDA.
+    cpu = CppExtension(
+        "libmoe_fast._cpu",
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+        py_limited_api=True,
+        extra_compile_args=[
+            "-O3",
+            "-std=c++20",
+            "-Wall",
+            # No fused multiply-add: one result, bit for bit, on every machine.
+            "-ffp-contract=off",
+            "-fvisibility=hidden",
+            "-g0",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            f'-DLIBMOE_FAST_TORCH_VERSION="{torch.__version__}"',
+        ],
+    )
+    return {
+        "ext_modules": [cpu],
+        "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def check_setuptools():
+    if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS_FLOOR:
+        sys.exit(OLD_SETUPTOOLS.format(found=setuptools.__version__, floor=SETUPTOOLS_FLOOR))
+
+
+check_setuptools()
+mapping = mapped_packages()
+setuptools.setup(
+    packages=all_packages(mapping),
+    package_dir=mapping,
+    package_data={"libmoe_fast.train": ["presets/**/*.yaml", "presets/**/*.py"]},
+    include_package_data=False,
+    **extension_options(),
+)
