@@ -1,0 +1,147 @@
+"""Options: presets that parse, and settings that cannot work, refused in one line."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+import libmoe_fast.train
+from libmoe_fast.errors import ConfigError
+from libmoe_fast.train.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    add_train_arguments,
+    check,
+    config_from_namespace,
+    flatten,
+    plain,
+)
+from libmoe_fast.train.engine import deepspeed_config
+
+PRESETS = Path(libmoe_fast.train.__path__[0]) / "presets"
+
+
+def parse(*arguments: str) -> TrainConfig:
+    parser = ArgumentParser(exit_on_error=False)
+    add_train_arguments(parser)
+    return config_from_namespace(parser.parse_args(arguments))
+
+
+def preset(*names: str) -> list[str]:
+    return [f"--config={PRESETS / name}.yaml" for name in names]
+
+
+@pytest.fixture
+def good() -> TrainConfig:
+    return TrainConfig(
+        run=RunConfig(folder="runs/x"),
+        model=ModelConfig(stage=3, path="dense"),
+        data=DataConfig(file="train.json"),
+    )
+
+
+@pytest.mark.parametrize("model", ["clip_phi3", "siglip_phi3", "siglip_phi35"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_presets_of_the_real_stages(model, stage):
+    path = [] if stage == 1 else ["--model.path=before"]
+    config = parse(*preset(model, f"stage{stage}"), "--data.file=x.json", "--run.folder=x", *path)
+    check(config)
+    assert config.model.stage == stage
+    assert config.model.chat_template == ("phi3.5" if model == "siglip_phi35" else "phi3")
+    # The published hyper-parameters: samples per step on 4 GPUs, rate, sharding, length.
+    published = {1: (256, 1e-3, 2, 2048), 2: (96, 2e-6, 3, 4096), 3: (64, 4e-6, 3, 2048)}
+    samples = config.optim.batch_size * config.optim.accumulation * 4
+    assert (samples, config.optim.lr, config.engine.zero_stage, config.data.max_length) == published[stage]
+    assert (config.optim.warmup_ratio, config.optim.weight_decay, config.optim.epochs) == (0.03, 0.0, 1)
+    assert (config.engine.dtype, config.engine.offload) == ("bf16", stage == 2)
+
+
+def test_later_files_and_the_command_line_win(tmp_path):
+    (tmp_path / "mine.yaml").write_text("optim: {lr: 1.0e-5, accumulation: 7}\n")
+    config = parse(*preset("stage3"), f"--config={tmp_path / 'mine.yaml'}", "--optim.lr=4e-6", "--model.router=cosine")
+    assert (config.optim.lr, config.optim.accumulation, config.model.router) == (4e-6, 7, "cosine")
+    assert config.optim.batch_size == 4  # still the preset's
+
+
+def test_options_without_a_section():
+    assert not parse().data.skip_bad_samples
+    assert parse("--skip-bad-samples", "--local_rank=1").data.skip_bad_samples  # the deepspeed launcher adds the second
+    assert parse("--model.router_options={temperature: 0.5}").model.router_options == {"temperature": 0.5}
+
+
+def test_written_config_reads_back(tmp_path, good):
+    good.optim.betas = (0.9, 0.95)
+    good.model.router_options = {"temperature": 0.5}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(good)))
+    assert parse(f"--config={tmp_path / 'config.yaml'}") == good
+
+
+def test_every_option_is_explained():
+    parser = ArgumentParser()
+    add_train_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    for section in dataclasses.fields(TrainConfig):
+        for option in dataclasses.fields(section.default_factory):
+            assert f"--{section.name}.{option.name} " in text
+    undocumented = [action.dest for action in parser._actions if not action.help]
+    assert undocumented == []
+
+
+BAD = {
+    "model.router": ("nope", "unknown router 'nope'; choose one of smoe, cosine"),
+    "model.top_k": (5, "top_k"),
+    "model.router_options": ({"temprature": 1.0}, "temprature"),
+    "model.stage": (4, r"model.stage is 4; choose 1, 2 or 3"),
+    "model.targets": (["text"], "choose from vision and projector"),
+    "model.path": (None, "name either model.path"),
+    "model.vision_tower": ("clip", "name either model.path"),
+    "run.folder": ("", "run.folder is not set"),
+    "run.save_every": (0, "run.save_every is 0; it must be at least 1"),
+    "run.seed": (-1, "run.seed is -1"),
+    "data.file": ("", "data.file is not set"),
+    "optim.max_steps": (0, "optim.max_steps is 0"),
+    "optim.lr": (0.0, "optim.lr is 0.0; it must be positive"),
+    "optim.warmup_ratio": (1.5, "optim.warmup_ratio is 1.5"),
+    "engine.zero_stage": (4, "engine.zero_stage is 4; choose 0 to 3"),
+    "engine.offload": (True, "engine.offload needs"),
+}
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_what_cannot_work_is_refused(option, good):
+    good.engine.zero_stage = 0
+    check(good)
+    value, message = BAD[option]
+    section, name = option.split(".")
+    setattr(getattr(good, section), name, value)
+    with pytest.raises(ConfigError, match=message) as error:
+        check(good)
+    assert "\n" not in str(error.value)
+
+
+def test_routers_are_checked_in_stage_3_only(good):
+    good.model.stage, good.model.router = 2, "nope"
+    check(good)
+
+
+def test_deepspeed_options_are_merged(good):
+    good.engine.zero_stage = 3
+    good.engine.deepspeed = {"zero_optimization": {"overlap_comm": False}, "steps_per_print": 5}
+    settings = deepspeed_config(good)
+    assert settings["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert settings["steps_per_print"] == 5
+    good.engine.offload = True
+    assert set(deepspeed_config(good)["zero_optimization"]) == {
+        "stage",
+        "offload_optimizer",
+        "offload_param",
+        "overlap_comm",
+    }
+
+
+def test_flatten():
+    assert flatten({"run": {"folder": "x", "seed": 1}}) == {"run.folder": "x", "run.seed": 1}

@@ -1,0 +1,212 @@
+"""Records and batches: every bad input gives its error and its name, and skipping loses nothing else."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from libmoe_fast.errors import DataError
+from libmoe_fast.train.chat import IGNORED
+from libmoe_fast.train.config import DataConfig
+from libmoe_fast.train.data import ConversationDataset, batches, make_collator, pad_to_square
+from libmoe_fast.train.sampler import ModalityLengthSampler
+from libmoe_fast.train.tiny import tiny_llava
+
+IMAGE_TOKENS = 16  # 32 x 32 px in patches of 8
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_llava(vocab_texts=["What digit is this? 3 Hello Hi"])[1]
+
+
+def good(index: int, *, image: bool = True) -> dict:
+    question = "<image>\nWhat digit is this?" if image else "Hello"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "3"}]
+    return {"id": f"n{index}", "conversations": turns} | ({"image": "good.png"} if image else {})
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict]:
+    return [{"from": speaker, "value": value} for speaker, value in pairs]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+def open_dataset(folder, records, processor, **options) -> ConversationDataset:
+    (folder / "data.json").write_text(records if isinstance(records, str) else json.dumps(records))
+    config = DataConfig(file=str(folder / "data.json"), workers=0, **options)
+    return ConversationDataset(config, processor, image_tokens=IMAGE_TOKENS, template="phi3")
+
+
+BAD_ON_OPENING = {
+    "missing image": (good(1) | {"image": "none.png"}, "none.png does not exist"),
+    "no answer": (good(1) | {"conversations": turns(("human", "<image>"))}, "ends without an answer"),
+    "empty answer": (
+        good(1) | {"conversations": turns(("human", "<image>"), ("gpt", " "))},
+        "answer in turn 1 is empty",
+    ),
+    "empty conversation": (good(1) | {"conversations": []}, "conversation is empty"),
+    "no conversation": ({"id": "n1"}, "conversations must be a list"),
+    "two questions in a row": (
+        good(1) | {"conversations": turns(("human", "<image>"), ("human", "and?"), ("gpt", "3"))},
+        "turn 1 is from 'human'; expected 'gpt'",
+    ),
+    "answer first": (good(1) | {"conversations": turns(("gpt", "3"))}, "turn 0 is from 'gpt'; expected 'human'"),
+    "no <image>": (good(1) | {"conversations": turns(("human", "Hi"), ("gpt", "3"))}, "1 image but 0 <image>"),
+    "two <image>": (
+        good(1) | {"conversations": turns(("human", "<image><image>"), ("gpt", "3"))},
+        "1 image but 2 <image>",
+    ),
+    "<image> without image": (
+        {"id": "n1", "conversations": turns(("human", "<image>\nHi"), ("gpt", "3"))},
+        "0 image but 1 <image>",
+    ),
+    "<image> in an answer": (
+        good(1) | {"conversations": turns(("human", "Hi"), ("gpt", "<image>"))},
+        "an answer contains <image>",
+    ),
+    "two images": (good(1) | {"image": ["good.png", "good.png"]}, "expected one path"),
+    "not an object": ("n1", "is a JSON str"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ON_OPENING)
+def test_bad_record_is_named_or_skipped(case, folder, processor):
+    record, message = BAD_ON_OPENING[case]
+    records = [good(0), record, good(2)]
+    name = "record 1" + (" (id 'n1')" if isinstance(record, dict) else "")
+    with pytest.raises(DataError) as error:
+        open_dataset(folder, records, processor)
+    assert f"data.json: {name}" in str(error.value)
+    assert message in str(error.value)
+    dataset = open_dataset(folder, records, processor, skip_bad_samples=True)
+    assert [r["id"] for r in dataset.records] == ["n0", "n2"]
+    assert len(dataset.skipped) == 1
+    assert message in dataset.skipped[0]
+
+
+@pytest.mark.parametrize("end", [-3, -20, -60])  # after a value, inside a string, inside a record
+def test_half_written_json_names_the_last_whole_record(end, folder, processor):
+    text = json.dumps([good(0), good(1), good(2)])[:end]
+    for skip in (False, True):  # nothing to skip: where the rest of the file went, nobody knows
+        with pytest.raises(DataError, match=r"data\.json: malformed JSON at line 1, .*half-written") as error:
+            open_dataset(folder, text, processor, skip_bad_samples=skip)
+        assert "after 2 complete records (the last has id 'n1')" in str(error.value)
+
+
+def test_malformed_json_names_line_and_column(folder, processor):
+    text = json.dumps([good(0), good(1)], indent=1).replace('"id": "n1"', '"id" "n1"')
+    line = next(number for number, row in enumerate(text.splitlines(), 1) if '"id" "n1"' in row)
+    with pytest.raises(DataError, match=rf"malformed JSON at line {line}, column 8, after 1 complete") as error:
+        open_dataset(folder, text, processor)
+    assert "half-written" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"a": 1}', "expected a list"), (b"\xff\xfe[]", "not UTF-8"), (b"[]", "no record can be used")],
+)
+def test_foreign_file(content, message, folder, processor):
+    (folder / "data.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        ConversationDataset(
+            DataConfig(file=str(folder / "data.json")), processor, image_tokens=IMAGE_TOKENS, template="phi3"
+        )
+
+
+def test_missing_file(folder, processor):
+    with pytest.raises(DataError, match=r"none\.json: cannot be read: No such file"):
+        ConversationDataset(
+            DataConfig(file=str(folder / "none.json")), processor, image_tokens=IMAGE_TOKENS, template="phi3"
+        )
+
+
+def sampler(dataset, batch_size):
+    return ModalityLengthSampler(
+        dataset.lengths,
+        dataset.has_image,
+        batch_size=batch_size,
+        accumulation=1,
+        world_size=1,
+        rank=0,
+        seed=0,
+        steps=1,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])  # an error must come out of a worker process as the same one line
+def test_broken_image_is_named_or_replaced(workers, folder, processor):
+    records = [good(0), good(1) | {"image": "broken.png"}, good(2, image=False), good(3)]
+    dataset = open_dataset(folder, records, processor)
+    dataset.config.workers = workers
+    collator = make_collator(processor, IMAGE_TOKENS)
+    with pytest.raises(
+        DataError, match=r"data\.json: record 1 \(id 'n1'\): image .*broken\.png cannot be read"
+    ) as error:
+        list(batches(dataset, sampler(dataset, 4), collator))
+    assert "\n" not in str(error.value)
+    dataset = open_dataset(folder, records, processor, skip_bad_samples=True)
+    dataset.config.workers = workers
+    (batch,) = batches(dataset, sampler(dataset, 4), collator)
+    assert batch.inputs["pixel_values"].shape[0] == 3  # another image stands in, not the text between them
+    assert len(batch.skipped) == 1
+    assert "record 1 (id 'n1')" in batch.skipped[0]
+
+
+def test_all_images_broken(folder, processor):
+    records = [good(0) | {"image": "broken.png"}, good(1, image=False)]
+    dataset = open_dataset(folder, records, processor, skip_bad_samples=True)
+    with pytest.raises(DataError, match=r"no sample of the kind of .*record 0"):
+        dataset[0]
+
+
+def test_padding_to_a_square_centres_the_image_on_the_mean_colour():
+    image = Image.new("RGB", (4, 2), (255, 0, 0))
+    square = pad_to_square(image, [0.5, 0.25, 1.0])
+    assert square.size == (4, 4)
+    rows = [square.getpixel((1, y)) for y in range(4)]
+    mean = (127, 63, 255)
+    assert rows == [mean, (255, 0, 0), (255, 0, 0), mean]
+    assert pad_to_square(image.resize((3, 3)), [0, 0, 0]).size == (3, 3)
+
+
+def test_image_aspect_none_leaves_the_image_alone(folder, processor):
+    padded = open_dataset(folder, [good(0)], processor)[0].pixels
+    cropped = open_dataset(folder, [good(0)], processor, image_aspect="none")[0].pixels
+    assert padded.shape == cropped.shape == (3, 32, 32)
+    assert padded[0, 0, 0] != cropped[0, 0, 0]  # red reaches the corner only without padding
+
+
+def test_batch_is_padded_and_masked(folder, processor):
+    dataset = open_dataset(folder, [good(0), good(1, image=False)], processor)
+    short, long = sorted((dataset[0], dataset[1]), key=lambda sample: len(sample.ids))
+    batch = make_collator(processor, IMAGE_TOKENS)([long, short])
+    pad = processor.tokenizer.pad_token_id
+    extra = len(long.ids) - len(short.ids)
+    assert extra > 0
+    assert batch.inputs["input_ids"][1].tolist() == short.ids + [pad] * extra
+    assert batch.inputs["labels"][1].tolist() == short.labels + [IGNORED] * extra
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [len(long.ids), len(short.ids)]
+    assert (batch.tokens, batch.labels, batch.text_only) == (
+        len(long.ids) + len(short.ids),
+        4,
+        False,
+    )  # "3<|end|>" twice
+
+
+def test_text_only_batch_brings_a_dummy_image_without_labels(folder, processor):
+    dataset = open_dataset(folder, [good(0, image=False)], processor)
+    batch = make_collator(processor, IMAGE_TOKENS)([dataset[0]])
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert batch.text_only
+    assert (batch.inputs["input_ids"] == image_id).sum() == IMAGE_TOKENS
+    assert batch.inputs["pixel_values"].shape == (1, 3, 32, 32)
+    assert torch.all(batch.inputs["labels"][1] == IGNORED)
+    assert (batch.tokens, batch.labels) == (len(dataset[0].ids), 2)

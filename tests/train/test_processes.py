@@ -1,0 +1,59 @@
+"""Two processes compute what one does: losses, and gradients with the auxiliary losses in them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import computed, make_config, write_data, write_model
+
+from libmoe_fast import load_model
+from libmoe_fast.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    model = write_model(folder / "model")
+    images, mixed = write_data(folder / "images", images=24, texts=0), write_data(folder / "mixed", images=3, texts=3)
+    script = Path(__file__).with_name("process_runs.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*torchrun, script, folder / "two", model, images, mixed], check=True, timeout=200)
+    train(make_config(folder / "one", model, images))
+    options = {"optim__batch_size": 2, "optim__max_steps": None, "model__balance_coef": 0.0, "model__z_coef": 0.0}
+    train(make_config(folder / "one_mixed", model, mixed, **options))
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_processes_equal_one(stage, runs):
+    expected, lines = computed(runs / "one"), computed(runs / "two" / stage)
+    assert len(lines) == len(expected) == 3
+    for line, same in zip(lines, expected, strict=True):
+        shares, other = line.pop("expert_share"), same.pop("expert_share")
+        assert line == pytest.approx(same, rel=2e-4)
+        assert list(shares) == list(other)
+        for layer in shares:
+            assert shares[layer] == pytest.approx(other[layer], abs=0.02)
+
+
+def test_zero3_exports_whole_weights(runs):
+    zero3 = load_model(runs / "two" / "zero3" / "final").state_dict()
+    for name, value in load_model(runs / "one" / "final").state_dict().items():
+        assert zero3[name].shape == value.shape
+        assert ((zero3[name] - value).abs() > 1e-3).float().mean() < 0.05, name
+
+
+def test_stopped_on_one_process_goes_on_as_if_never_stopped(runs):
+    assert computed(runs / "two" / "stopped") == computed(runs / "two" / "zero3")
+    finals = [load_file(runs / "two" / name / "final" / "libmoe_fast.safetensors") for name in ("stopped", "zero3")]
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[1])
+
+
+def test_image_on_one_process_text_on_the_other(runs):
+    lines, expected = computed(runs / "two" / "mixed"), computed(runs / "one_mixed")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=2e-4)
+    assert sum(line["balance_loss"] is None for line in lines) == 1  # of images, of texts, of both

@@ -1,0 +1,102 @@
+"""Chat formats: conversations to text, and text to tokens with labels on the answers only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from libmoe_fast.errors import DataError
+
+IMAGE = "<image>"
+IGNORED = -100  # the label that cross entropy leaves out
+
+_MESSAGES = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """A chat format in the Phi-3 family.
+
+    Args:
+        system: system prompt of a conversation that brings none, or None for no system turn.
+    """
+
+    system: str | None
+
+    @property
+    def jinja(self) -> str:
+        """The same format for `processor.chat_template`, so that evaluation asks the way training taught."""
+        if self.system is None:
+            return "{{ bos_token }}" + _MESSAGES
+        system = "{% if messages[0]['role'] != 'system' %}" + _turn("system", self.system) + "{% endif %}"
+        return "{{ bos_token }}" + system + _MESSAGES
+
+    def render(self, turns: Sequence[tuple[str, str]], bos: str) -> tuple[str, list[tuple[int, int]]]:
+        """Text of alternating (question, answer) turns, and the character spans of the answers with their <|end|>."""
+        text = bos + (_turn("system", self.system) if self.system else "")
+        spans = []
+        for question, answer in turns:
+            text += _turn("user", question) + "<|assistant|>\n"
+            spans.append((len(text), len(text) + len(answer) + len("<|end|>")))
+            text += answer + "<|end|>\n"
+        return text, spans
+
+
+def _turn(role: str, text: str) -> str:
+    return f"<|{role}|>\n{text}<|end|>\n"
+
+
+TEMPLATES = {
+    "phi3": ChatTemplate(system=None),
+    "phi3.5": ChatTemplate(system="You are a helpful assistant."),
+}
+
+
+def conversation_turns(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """(question, answer) turns of a checked record; its image, if any, goes first in the first question."""
+    values = [turn["value"].strip() for turn in record["conversations"]]
+    turns = list(zip(values[::2], values[1::2], strict=True))
+    if "image" in record:
+        turns = [(question.replace(IMAGE, "").strip(), answer) for question, answer in turns]
+        turns[0] = (f"{IMAGE}\n{turns[0][0]}", turns[0][1])
+    return turns
+
+
+def encode(
+    turns: Sequence[tuple[str, str]], tokenizer: Any, template: ChatTemplate, *, image_tokens: int, max_length: int
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels (IGNORED outside answers), each of at most max_length entries.
+
+    The text is tokenised once, and a token gets a label when it starts inside an answer: tokenising questions and
+    answers apart, to find where answers begin, would disagree with the whole where tokens merge over the seam.
+
+    Args:
+        image_tokens: how many positions the image takes; its one `<image>` token is repeated so often.
+
+    Raises:
+        DataError: max_length cuts into the image, or leaves no answer.
+    """
+    text, spans = template.render(turns, tokenizer.bos_token or "")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    ids: list[int] = []
+    labels: list[int] = []
+    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token == image_id:
+            ids += [token] * image_tokens
+            labels += [IGNORED] * image_tokens
+        else:
+            ids.append(token)
+            labels.append(token if any(first <= start < end for first, end in spans) else IGNORED)
+    if image_id in ids[max_length:]:
+        raise DataError(f"max_length {max_length} cuts into the image's {image_tokens} tokens; raise data.max_length")
+    ids, labels = ids[:max_length], labels[:max_length]
+    if all(label == IGNORED for label in labels):
+        raise DataError(f"no answer is left within max_length {max_length}; raise data.max_length")
+    return ids, labels

@@ -1,0 +1,254 @@
+"""One run's settings. The docstrings below are the command line's help."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from libmoe_fast.errors import ConfigError
+from libmoe_fast.routers import build_router
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where a run lives and how often it writes.
+
+    Args:
+        folder: the run's folder; the same command on the same folder goes on from its last checkpoint
+        seed: seeds the new weights, the data order and the training noise
+        save_every: optimizer steps between two checkpoints
+        keep_checkpoints: how many checkpoints to keep while training
+        delete_checkpoints_when_done: remove them once final/ is written (nothing is left to resume)
+        log_every: optimizer steps between two writes of log.jsonl; every step gets its line all the same
+        tensorboard: also write TensorBoard events
+    """
+
+    folder: str = ""
+    seed: int = 0
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    delete_checkpoints_when_done: bool = True
+    log_every: int = 10
+    tensorboard: bool = True
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What is trained: a LLaVA checkpoint (path), or one composed of a vision tower and a language model.
+
+    Args:
+        stage: 1 trains the projector, 2 trains everything, 3 upcycles a dense checkpoint and trains everything
+        path: a LLaVA folder: final/ of an earlier stage, or one in Hugging Face's own format
+        vision_tower: folder of a CLIP or SigLIP model, for a new LLaVA (instead of path)
+        language_model: folder of a causal language model, for a new LLaVA (instead of path)
+        vision_feature_layer: which hidden state of the vision tower the projector reads (new LLaVA only)
+        chat_template: the chat format the language model was trained with
+        router: name of a router (stage 3)
+        num_experts: experts per layer, N (stage 3)
+        top_k: experts each token visits, K (stage 3)
+        targets: which dense MLPs become experts (stage 3)
+        router_options: the router's own options by name, as in {"temperature": 0.5} (stage 3)
+        balance_coef: weight of the balance loss (stage 3)
+        z_coef: weight of the z-loss (stage 3)
+        backend: engine that runs the experts; none given = the best one here
+    """
+
+    stage: int = 1
+    path: str | None = None
+    vision_tower: str | None = None
+    language_model: str | None = None
+    vision_feature_layer: int = -2
+    chat_template: Literal["phi3", "phi3.5"] = "phi3"
+    router: str = "smoe"
+    num_experts: int = 4
+    top_k: int = 2
+    targets: list[str] = field(default_factory=lambda: ["vision", "projector"])
+    router_options: dict[str, Any] = field(default_factory=dict)
+    balance_coef: float = 0.01
+    z_coef: float = 0.001
+    backend: str | None = None
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What it is trained on.
+
+    Args:
+        file: LLaVA JSON: a list of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}
+        images: folder that the records' image paths start from; none given = the folder of file
+        max_length: longer samples are cut to this many tokens, image tokens included
+        image_aspect: "pad" makes images square with the processor's mean colour; "none" leaves it to the processor
+        skip_bad_samples: leave out samples that cannot be used, count and list them, instead of stopping at the first
+        megabatch: global batches that are sorted by length together; more means less padding and less mixing
+        workers: processes that load images, per training process; 0 = none
+    """
+
+    file: str = ""
+    images: str | None = None
+    max_length: int = 2048
+    image_aspect: Literal["pad", "none"] = "pad"
+    skip_bad_samples: bool = False
+    megabatch: int = 1
+    workers: int = 2
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with a cosine schedule.
+
+    Args:
+        lr: highest learning rate
+        batch_size: samples per process and forward pass
+        accumulation: forward passes per optimizer step
+        epochs: passes over the data
+        max_steps: stop (and end the schedule) after so many optimizer steps; none given = epochs decides
+        warmup_ratio: share of the steps over which the learning rate rises
+        weight_decay: AdamW's weight decay
+        betas: AdamW's betas
+        max_grad_norm: clips the gradient's norm; 0 = no clipping
+    """
+
+    lr: float = 1e-3
+    batch_size: int = 8
+    accumulation: int = 1
+    epochs: int = 1
+    max_steps: int | None = None
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """How DeepSpeed runs it.
+
+    Args:
+        dtype: arithmetic of the model; optimizer state is fp32 under bf16 and fp16
+        zero_stage: what is sharded: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters
+        offload: keep optimizer state (and, at stage 3, parameters) in CPU memory
+        checkpointing: recompute activations in backward instead of keeping them
+        tf32: allow TF32 in fp32 matrix products on GPUs that have it
+        deepspeed: further DeepSpeed settings, merged over the ones made from these options
+    """
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    zero_stage: int = 2
+    offload: bool = False
+    checkpointing: Literal["non_reentrant", "reentrant", "off"] = "non_reentrant"
+    tf32: bool = True
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One stage of training.
+
+    Args:
+        run: where it lives
+        model: what is trained
+        data: what it is trained on
+        optim: optimizer and schedule
+        engine: how DeepSpeed runs it
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+# A resumed run may change these: none of them changes what is computed.
+HARMLESS = {
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.delete_checkpoints_when_done",
+    "run.log_every",
+    "run.tensorboard",
+    "data.workers",
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses settings that cannot work, before anything slow is loaded.
+
+    Raises:
+        ConfigError: with what was given and what was expected.
+    """
+    _require(bool(config.run.folder), "run.folder is not set; give the run a folder, as in --run.folder runs/stage1")
+    _require(bool(config.data.file), "data.file is not set; name the LLaVA JSON file, as in --data.file train.json")
+    for name in ("run.save_every", "run.keep_checkpoints", "run.log_every", "data.megabatch", "data.max_length",
+                 "optim.batch_size", "optim.accumulation", "optim.epochs"):  # fmt: skip
+        value = flatten(plain(config))[name]
+        _require(value >= 1, f"{name} is {value}; it must be at least 1")
+    _require(config.run.seed >= 0, f"run.seed is {config.run.seed}; it must not be negative")
+    steps = config.optim.max_steps
+    _require(steps is None or steps >= 1, f"optim.max_steps is {steps}; it must be at least 1, or left out")
+    _require(config.optim.lr > 0, f"optim.lr is {config.optim.lr}; it must be positive")
+    _require(0 <= config.optim.warmup_ratio <= 1, f"optim.warmup_ratio is {config.optim.warmup_ratio}; it is a share")
+    _require(config.engine.zero_stage in range(4), f"engine.zero_stage is {config.engine.zero_stage}; choose 0 to 3")
+    _require(
+        not config.engine.offload or config.engine.zero_stage > 0, "engine.offload needs engine.zero_stage 1, 2 or 3"
+    )
+    _check_model(config.model)
+
+
+def _check_model(model: ModelConfig) -> None:
+    _require(model.stage in (1, 2, 3), f"model.stage is {model.stage}; choose 1, 2 or 3")
+    parts = model.vision_tower is not None and model.language_model is not None
+    _require(
+        (model.path is not None) != parts and (parts or not (model.vision_tower or model.language_model)),
+        "name either model.path (a LLaVA folder), or both model.vision_tower and model.language_model",
+    )
+    if model.stage == 3:
+        _check_moe(model)
+
+
+def _check_moe(model: ModelConfig) -> None:
+    unknown = set(model.targets) - {"vision", "projector"}
+    _require(
+        bool(model.targets) and not unknown,
+        f"model.targets is {model.targets}; choose from vision and projector",
+    )
+    # Building a small router on the meta device lets each router check its own options, and costs nothing.
+    build_router(model.router, 16, model.num_experts, model.top_k, device="meta", **model.router_options)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def plain(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Sections of options in types that YAML knows, as `--config` reads them."""
+    sections = dataclasses.asdict(config)
+    sections["optim"]["betas"] = list(config.optim.betas)
+    return sections
+
+
+def flatten(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{"run": {"folder": ...}} as {"run.folder": ...}."""
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def add_train_arguments(parser: "ArgumentParser") -> None:
+    """Adds --config, the options of TrainConfig (--model.router ...) and --skip-bad-samples."""
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options; several are merged in the order they are given"
+    )
+    parser.add_class_arguments(TrainConfig)
+    parser.add_argument("--skip-bad-samples", action="store_true", help="short for --data.skip_bad_samples true")
+    # DeepSpeed's launcher appends this to every command; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by the deepspeed launcher")
+
+
+def config_from_namespace(namespace: "Namespace") -> TrainConfig:
+    """The TrainConfig that a parser made by add_train_arguments has read."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(**{name: section(**vars(namespace[name])) for name, section in sections.items()})
+    if namespace.skip_bad_samples:
+        config.data.skip_bad_samples = True
+    return config

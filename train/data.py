@@ -1,0 +1,233 @@
+"""Samples and batches: images and conversations to the tensors a Hugging Face LLaVA takes."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from libmoe_fast.errors import DataError
+from libmoe_fast.train.chat import IGNORED, IMAGE, TEMPLATES, conversation_turns, encode
+from libmoe_fast.train.config import DataConfig
+from libmoe_fast.train.records import Record, name_record, read_records
+from libmoe_fast.train.sampler import ModalityLengthSampler
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One conversation in tokens.
+
+    Args:
+        ids: token ids.
+        labels: as many labels, IGNORED outside answers.
+        pixels: [3, height, width], or None for text only.
+        skipped: a line for each bad sample that this one stands in for.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    pixels: Tensor | None
+    skipped: list[str] = field(default_factory=list)
+
+
+class ConversationDataset(Dataset[Sample]):
+    """LLaVA JSON records as samples.
+
+    Args:
+        processor: the model's LlavaProcessor.
+        image_tokens: tokens that one image takes.
+        template: name of a chat format in chat.TEMPLATES.
+
+    Raises:
+        DataError: on opening, for everything that can be seen without loading images; on access, for the rest.
+    """
+
+    def __init__(self, config: DataConfig, processor: Any, *, image_tokens: int, template: str) -> None:
+        self.config, self.processor = config, processor
+        self.image_tokens, self.template = image_tokens, TEMPLATES[template]
+        self.file = Path(config.file)
+        self.images = Path(config.images) if config.images is not None else self.file.parent
+        self.records, self.skipped = read_records(self.file, self.images, skip_bad=config.skip_bad_samples)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def has_image(self) -> list[bool]:
+        return ["image" in record for record in self.records]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters per conversation: enough to sort by, without tokenising the whole data set first."""
+        return [sum(len(turn["value"]) for turn in record["conversations"]) for record in self.records]
+
+    def __getitem__(self, index: int) -> Sample:
+        skipped: list[str] = []
+        for record in self._candidates(index):
+            try:
+                sample = self._load(record)
+            except DataError as error:
+                line = f"{name_record(self.file, record['index'], record)}: {error}"
+                if not self.config.skip_bad_samples:
+                    raise DataError(f"{line} (--skip-bad-samples leaves it out)") from error
+                skipped.append(line)
+            else:
+                sample.skipped = skipped
+                return sample
+        raise DataError(f"{self.file}: no sample of the kind of {skipped[0]} can be used")
+
+    def _candidates(self, index: int) -> Iterator[Record]:
+        """The record, then those that may stand in for it: batches keep their size and their modality."""
+        record = self.records[index]
+        yield record
+        if self.config.skip_bad_samples:
+            following = (self.records[(index + ahead) % len(self)] for ahead in range(1, len(self)))
+            yield from (other for other in following if ("image" in other) == ("image" in record))
+
+    def _load(self, record: Record) -> Sample:
+        ids, labels = encode(
+            conversation_turns(record),
+            self.processor.tokenizer,
+            self.template,
+            image_tokens=self.image_tokens,
+            max_length=self.config.max_length,
+        )
+        pixels = self._pixels(self.images / record["image"]) if "image" in record else None
+        return Sample(ids=ids, labels=labels, pixels=pixels)
+
+    def _pixels(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        # Pillow's decoders raise many kinds of errors on broken files (OSError, SyntaxError, ValueError, struct.error).
+        except Exception as error:
+            raise DataError(f"image {path} cannot be read: {error}") from error
+        if self.config.image_aspect == "pad":
+            image = pad_to_square(image, self.processor.image_processor.image_mean)
+        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """The image in the middle of a square of the processor's mean colour (which becomes zero when normalised)."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch.
+
+    Args:
+        inputs: what the model takes: input_ids, attention_mask, labels [B, L] int64, pixel_values [images, 3, h, w].
+        text_only: the one image among the inputs is a dummy.
+        labels, tokens: how many there are.
+        skipped: a line for each bad sample that was replaced.
+    """
+
+    inputs: dict[str, Tensor]
+    text_only: bool
+    labels: int
+    tokens: int
+    skipped: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Samples to a batch, padded on the right.
+
+    A batch without an image gets one more row: a blank image and no labels. It adds zero to loss and gradients, and
+    takes every rank through the vision tower, without which ZeRO-3 and DDP would wait forever for the ranks that have
+    images, and the tower's gradients would be missing instead of zero.
+    """
+
+    pad_id: int
+    image_id: int
+    image_tokens: int
+    pixels_shape: tuple[int, int, int]
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        rows = [(sample.ids, sample.labels) for sample in samples]
+        if not pixels:
+            pixels = [torch.zeros(self.pixels_shape)]
+            rows.append(([self.image_id] * self.image_tokens, [IGNORED] * self.image_tokens))
+        length = max(len(ids) for ids, _ in rows)
+        inputs = {
+            "input_ids": _pad([ids for ids, _ in rows], length, self.pad_id),
+            "attention_mask": _pad([[1] * len(ids) for ids, _ in rows], length, 0),
+            "labels": _pad([labels for _, labels in rows], length, IGNORED),
+            "pixel_values": torch.stack(pixels),
+        }
+        return Batch(
+            inputs=inputs,
+            text_only=all(sample.pixels is None for sample in samples),
+            labels=sum(label != IGNORED for sample in samples for label in sample.labels),
+            tokens=sum(len(sample.ids) for sample in samples),
+            skipped=[line for sample in samples for line in sample.skipped],
+        )
+
+
+def _pad(rows: list[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+def make_collator(processor: Any, image_tokens: int) -> Collator:
+    blank = processor.image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"][0]
+    tokenizer = processor.tokenizer
+    return Collator(
+        pad_id=tokenizer.pad_token_id,
+        image_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_tokens=image_tokens,
+        pixels_shape=tuple(blank.shape),
+    )
+
+
+def batches(dataset: ConversationDataset, sampler: ModalityLengthSampler, collator: Collator) -> Iterator[Batch]:
+    """The sampler's micro-batches, loaded by the data set's worker processes.
+
+    Raises:
+        DataError: a sample cannot be used.
+    """
+    loader = DataLoader(
+        _ErrorsAsValues(dataset),
+        batch_sampler=sampler,
+        collate_fn=lambda outcomes: _first_error(outcomes) or collator(outcomes),
+        num_workers=dataset.config.workers,
+        multiprocessing_context="fork" if dataset.config.workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
+        generator=torch.Generator(),  # its own: drawing worker seeds from the global one would change a resumed run
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the batches in work are still needed
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _ErrorsAsValues(Dataset):
+    """DataLoader turns a worker's exception into a page of traceback; a value comes through as it is."""
+
+    def __init__(self, dataset: ConversationDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Sample | DataError:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+def _first_error(outcomes: list[Sample | DataError]) -> DataError | None:
+    return next((outcome for outcome in outcomes if isinstance(outcome, DataError)), None)

@@ -1,0 +1,154 @@
+"""DeepSpeed: starting it, configuring it, and getting whole weights back out of it."""
+
+import atexit
+import functools
+import logging
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from libmoe_fast.train.config import TrainConfig
+
+
+def start_processes() -> None:
+    """Joins the launcher's process group, or makes one of this process alone. Sets the GPU."""
+    import deepspeed
+    import transformers
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        # Gloo does all that training needs; DeepSpeed's shared-memory collectives (for inference) take 30 s to build.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if dist.is_initialized():
+        return
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed()
+    if dist.get_rank() > 0:
+        transformers.utils.logging.disable_progress_bar()  # one bar for loading weights is enough
+    atexit.register(_stop_processes)
+
+
+def _stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@functools.cache
+def _host_group() -> dist.ProcessGroup:
+    # Gloo, whatever the GPUs talk over: bookkeeping of numbers the host knows should not wait for the device.
+    return dist.new_group(backend="gloo")
+
+
+def sum_over_ranks(values: list[int]) -> list[int]:
+    """Adds up each value over all ranks. All ranks must call it."""
+    sums = torch.tensor(values)
+    dist.all_reduce(sums, group=_host_group())
+    return sums.tolist()
+
+
+def collect_from_ranks(lines: list[str]) -> list[str]:
+    """The lines of all ranks, in rank order. All ranks must call it."""
+    collected: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(collected, lines, group=_host_group())
+    return [line for lines in collected for line in lines]
+
+
+def make_engine(model: nn.Module, config: TrainConfig) -> Any:
+    """A DeepSpeedEngine around the model, with AdamW on what is trainable."""
+    import deepspeed
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.engine.tf32
+    if config.engine.checkpointing != "off":
+        reentrant = config.engine.checkpointing == "reentrant"
+        with warnings.catch_warnings():  # transformers 5.23 renamed it; 4.57 knows only this name
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optim = config.optim
+    optimizer = torch.optim.AdamW(trainable, lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=trainable, optimizer=optimizer, config=deepspeed_config(config)
+    )
+    return engine
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's settings for ours, with engine.deepspeed merged over them."""
+    engine, optim = config.engine, config.optim
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if engine.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    made = {
+        "train_micro_batch_size_per_gpu": optim.batch_size,
+        "gradient_accumulation_steps": optim.accumulation,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": engine.dtype == "bf16"},
+        "fp16": {"enabled": engine.dtype == "fp16"},
+        # torch's AdamW runs everywhere; DeepSpeed's would be compiled first.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    return _merge(made, engine.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def learning_rate(step: int, *, peak: float, steps: int, warmup_ratio: float) -> float:
+    """Rate of optimizer step `step` (0-based): a linear rise, then a half cosine that would reach 0 at `steps`."""
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def step_engine(engine: Any) -> Tensor | float | None:
+    """Ends a micro-step, which DeepSpeed makes an optimizer step after the last of a global batch.
+
+    Returns: after the last, the gradient's norm before clipping.
+    """
+    norm = None
+    mixed = engine.bfloat16_enabled() or engine.fp16_enabled()
+    if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0 and not mixed:
+        # Without ZeRO and mixed precision DeepSpeed clips but does not tell the norm.
+        norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return norm if norm is not None else engine.get_global_grad_norm()
+
+
+def whole_state(engine: Any) -> dict[str, Tensor]:
+    """The model's state_dict with every parameter whole, on rank 0; empty on the others. All ranks must call it."""
+    import deepspeed
+
+    state = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        sharded = [tensor] if hasattr(tensor, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(sharded):
+            if dist.get_rank() == 0:
+                state[name] = tensor.detach().cpu().clone()
+    return state

@@ -1,0 +1,144 @@
+"""The training loop: one stage, from its config to final/."""
+
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from libmoe_fast.train.config import TrainConfig, check
+from libmoe_fast.train.data import Batch, ConversationDataset, batches, make_collator
+from libmoe_fast.train.engine import (
+    collect_from_ranks,
+    learning_rate,
+    make_engine,
+    set_learning_rate,
+    start_processes,
+    step_engine,
+    sum_over_ranks,
+    whole_state,
+)
+from libmoe_fast.train.log import Statistics, StepLog
+from libmoe_fast.train.model import DTYPES, build_model, image_tokens
+from libmoe_fast.train.sampler import ModalityLengthSampler, steps_per_epoch
+from libmoe_fast.train.state import RunFolder, seed_everything
+from libmoe_fast.train.stop import StopSignal
+from libmoe_fast.upcycle import aux_loss_disabled, set_training_progress
+
+
+def train(config: TrainConfig) -> None:
+    """Trains one stage and writes run.folder/final; goes on from the last checkpoint if there is one.
+
+    Ctrl-C (and SIGTERM) finishes the step, saves and raises KeyboardInterrupt; a second one stops at once.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see their docstrings; nothing saved before is lost.
+    """
+    check(config)
+    start_processes()
+    with RunFolder(config) as run:
+        if run.done:
+            _say(f"{run.path} is done already: the trained model is in {run.final}")
+        else:
+            _train(config, run)
+
+
+def _train(config: TrainConfig, run: RunFolder) -> None:
+    seed_everything(config.run.seed)  # the same new weights on every rank
+    model, processor = build_model(config.model, dtype=DTYPES[config.engine.dtype])
+    tokens = image_tokens(model)
+    dataset = ConversationDataset(config.data, processor, image_tokens=tokens, template=config.model.chat_template)
+    steps = _total_steps(config, dataset)
+    engine = make_engine(model, config)
+    seed_everything(config.run.seed + dist.get_rank())  # but noise of its own
+    progress = run.restore(engine)
+    first_step = progress.get("step", 0)
+    stream = batches(dataset, _sampler(config, dataset, first_step, steps), make_collator(processor, tokens))
+    log = StepLog(
+        config.run,
+        Statistics(model),
+        first_step=first_step,
+        total_steps=steps,
+        micro_batches=config.optim.accumulation * dist.get_world_size(),
+        skipped=progress.get("skipped", dataset.skipped),
+    )
+    with log, StopSignal() as stop:
+        for step in range(first_step, steps):
+            stopping = _step(engine, list(islice(stream, config.optim.accumulation)), step, steps, config, log, stop)
+            done = step + 1
+            if stopping or done == steps or done % config.run.save_every == 0:
+                log.flush()
+                run.save(engine, done, {"skipped": list(log.skipped)})
+                log.restart_clock()
+            if stopping and done < steps:
+                raise KeyboardInterrupt(f"stopped and saved after step {done} of {steps}; the same command goes on")
+    run.export(engine.module, processor, whole_state(engine))
+    _say(f"{run.path} is done: the trained model is in {run.final}")
+
+
+def _step(
+    engine: Any, micro_batches: list[Batch], step: int, steps: int, config: TrainConfig, log: StepLog, stop: StopSignal
+) -> bool:
+    """One optimizer step. Returns whether any rank was asked to stop."""
+    labels, tokens, skipped, stopping = sum_over_ranks(
+        [
+            sum(batch.labels for batch in micro_batches),
+            sum(batch.tokens for batch in micro_batches),
+            sum(len(batch.skipped) for batch in micro_batches),
+            int(stop.asked),
+        ]
+    )
+    if skipped:
+        log.skip(collect_from_ranks([line for batch in micro_batches for line in batch.skipped]))
+    optim = config.optim
+    lr = learning_rate(step, peak=optim.lr, steps=steps, warmup_ratio=optim.warmup_ratio)
+    set_learning_rate(engine, lr)
+    set_training_progress(engine.module, step, steps)
+    labels_each = labels / (optim.accumulation * dist.get_world_size())
+    sums, grad_norm = 0, None
+    for batch in micro_batches:
+        sums = sums + _micro_step(engine, batch, labels_each, log.statistics)
+        grad_norm = step_engine(engine)
+    log.add(step + 1, sums, tokens=tokens, lr=lr, grad_norm=grad_norm)
+    return bool(stopping)
+
+
+def _micro_step(engine: Any, batch: Batch, labels_each: float, statistics: Statistics) -> Tensor:
+    """Forward and backward of one micro-batch; returns its statistics.
+
+    The loss is the sum over the batch's labels divided by the mean number of labels of all micro-batches of the step:
+    every label of the global batch weighs the same, however the batch is cut into ranks and micro-batches.
+    """
+    # A text-only batch sees a dummy image, whose routing must not be balanced. Backward belongs inside: it recomputes.
+    with aux_loss_disabled(engine.module) if batch.text_only else nullcontext():
+        inputs = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(engine.module.dtype)
+        loss = engine(**inputs, num_items_in_batch=labels_each, use_cache=False).loss
+        engine.backward(loss)
+    return statistics.read(loss, text_only=batch.text_only)
+
+
+def _total_steps(config: TrainConfig, dataset: ConversationDataset) -> int:
+    global_batch = config.optim.batch_size * config.optim.accumulation * dist.get_world_size()
+    return config.optim.max_steps or config.optim.epochs * steps_per_epoch(dataset.has_image, global_batch)
+
+
+def _sampler(config: TrainConfig, dataset: ConversationDataset, first_step: int, steps: int) -> ModalityLengthSampler:
+    return ModalityLengthSampler(
+        dataset.lengths,
+        dataset.has_image,
+        batch_size=config.optim.batch_size,
+        accumulation=config.optim.accumulation,
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        seed=config.run.seed,
+        steps=steps,
+        first_step=first_step,
+        megabatch=config.data.megabatch,
+    )
+
+
+def _say(message: str) -> None:
+    if dist.get_rank() == 0:
+        print(message, flush=True)

@@ -1,0 +1,177 @@
+"""The model and processor that a stage trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from libmoe_fast.checkpoint import load_model
+from libmoe_fast.errors import CheckpointError, ConfigError
+from libmoe_fast.train.chat import IMAGE, TEMPLATES
+from libmoe_fast.train.config import ModelConfig
+from libmoe_fast.upcycle import moe_layers, upcycle
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def build_model(config: ModelConfig, *, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """A LlavaForConditionalGeneration, ready for its stage, and its LlavaProcessor.
+
+    Stage 1 leaves gradients to the projector alone; stage 3 turns the dense MLPs into experts.
+
+    Raises:
+        CheckpointError: a folder is missing, truncated or of another kind of model.
+        ConfigError: the options do not fit the model.
+    """
+    if config.path is not None:
+        model, processor = _load(Path(config.path), dtype)
+    else:
+        model, processor = _compose(config, dtype)
+    _check_tokenizer(processor.tokenizer)
+    processor.chat_template = TEMPLATES[config.chat_template].jinja
+    if config.stage == 1:
+        model.requires_grad_(False)
+        model.model.multi_modal_projector.requires_grad_(True)
+    if config.stage == 3:
+        _upcycle(model, config)
+    return model, processor
+
+
+def image_tokens(model: nn.Module) -> int:
+    """How many tokens one image takes: its patches, and the class token where the vision tower's is kept."""
+    vision = model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    kept_class_token = _has_class_token(vision) and model.config.vision_feature_select_strategy == "full"
+    return patches + kept_class_token
+
+
+def _has_class_token(vision: Any) -> bool:
+    return vision.model_type == "clip_vision_model"
+
+
+def _upcycle(model: nn.Module, config: ModelConfig) -> None:
+    if moe_layers(model):
+        raise ConfigError(f"{config.path} has experts already; stage 3 upcycles a dense checkpoint, as stage 2 makes")
+    upcycle(
+        model,
+        router=config.router,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        targets=tuple(config.targets),
+        router_options=config.router_options,
+        balance_coef=config.balance_coef,
+        z_coef=config.z_coef,
+        backend=config.backend,
+    )
+
+
+def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    from transformers import AutoProcessor
+
+    kind = _model_type(folder)
+    if kind != "llava":
+        raise CheckpointError(f"{folder} holds a {kind!r} model; expected 'llava'")
+    return load_model(folder, dtype=dtype), _pretrained(AutoProcessor, folder)
+
+
+def _compose(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """A new LLaVA of a vision tower, a language model and a random projector."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+    vision_folder, text_folder = Path(config.vision_tower), Path(config.language_model)
+    _model_type(text_folder)
+    vision = _vision_tower(vision_folder, dtype)
+    text = _pretrained(AutoModelForCausalLM, text_folder, dtype=dtype)
+    tokenizer = _pretrained(AutoTokenizer, text_folder)
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.eos_token = "<|end|>"  # what ends an answer, and so what generation stops at
+    if len(tokenizer) > text.config.vocab_size:
+        text.resize_token_embeddings(len(tokenizer))
+    llava = LlavaConfig(
+        vision_config=vision.config,
+        text_config=text.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy="default" if _has_class_token(vision.config) else "full",
+        image_seq_length=(vision.config.image_size // vision.config.patch_size) ** 2,
+        tie_word_embeddings=text.config.tie_word_embeddings,
+    )
+    with torch.device("meta"):  # the shell only: its parts come from elsewhere
+        model = LlavaForConditionalGeneration(llava)
+    projector = type(model.model.multi_modal_projector)(llava)
+    model.model.vision_tower = vision
+    model.model.multi_modal_projector = projector.to(dtype)
+    model.model.language_model = text.base_model
+    model.lm_head = text.lm_head
+    return model, _processor(llava, vision_folder, tokenizer)
+
+
+def _vision_tower(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import CLIPVisionModel, SiglipVisionModel
+
+    kind = _model_type(folder)
+    if kind in ("clip", "clip_vision_model"):
+        return _pretrained(CLIPVisionModel, folder, dtype=dtype)
+    if kind in ("siglip", "siglip_vision_model"):
+        # LLaVA reads patches; SigLIP's pooling head would only be dead weight.
+        return _pretrained(SiglipVisionModel, folder, dtype=dtype, vision_use_head=False)
+    raise CheckpointError(f"{folder} holds a {kind!r} model; expected a CLIP or SigLIP vision tower")
+
+
+def _processor(llava: Any, vision_folder: Path, tokenizer: Any) -> Any:
+    from transformers import AutoImageProcessor, LlavaProcessor
+
+    return LlavaProcessor(
+        image_processor=_pretrained(AutoImageProcessor, vision_folder),
+        tokenizer=tokenizer,
+        patch_size=llava.vision_config.patch_size,
+        vision_feature_select_strategy=llava.vision_feature_select_strategy,
+        num_additional_image_tokens=int(_has_class_token(llava.vision_config)),
+        image_token=IMAGE,
+    )
+
+
+def _model_type(folder: Path) -> str:
+    """The model_type in a folder's config.json."""
+    try:
+        return json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a model folder: config.json is missing or broken ({error})") from error
+
+
+def _pretrained(cls: Any, folder: Path, **options: Any) -> Any:
+    """cls.from_pretrained, from the disk only, refusing models with weights missing."""
+    is_model = "dtype" in options
+    try:
+        loaded = cls.from_pretrained(
+            folder, local_files_only=True, **options, **({"output_loading_info": True} if is_model else {})
+        )
+    # safetensors, torch and transformers raise errors of no common kind on truncated and foreign files.
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be loaded as {cls.__name__}: {_first_line(error)}") from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise CheckpointError(
+            f"{folder} does not fit {cls.__name__}: {len(names)} weights are missing or misshapen, {names[0]} first"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not tokenizer.is_fast:
+        raise ConfigError("labels are found by character offsets, which needs a fast tokenizer (tokenizer.json)")
+    vocabulary = tokenizer.get_vocab()
+    for token in (IMAGE, "<|user|>", "<|assistant|>", "<|end|>"):
+        if token not in vocabulary:
+            raise ConfigError(f"the tokenizer has no token {token}; the chat formats here are Phi-3's and Phi-3.5's")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token

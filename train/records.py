@@ -1,0 +1,123 @@
+"""LLaVA JSON: reading it, and refusing what cannot be trained on with the file and the record by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from libmoe_fast.errors import DataError
+from libmoe_fast.train.chat import IMAGE
+
+Record = dict[str, Any]
+
+
+def read_records(file: Path, images: Path, *, skip_bad: bool) -> tuple[list[Record], list[str]]:
+    """Records that can be trained on, and one line for each that was left out.
+
+    Args:
+        file: JSON list of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}.
+        images: folder that image paths start from.
+        skip_bad: leave out bad records instead of raising at the first.
+
+    Raises:
+        DataError: the file cannot be read (whatever skip_bad says), or a record cannot be used.
+    """
+    good, skipped = [], []
+    for index, record in enumerate(_parse(file)):
+        problem = _problem(record, images)
+        if problem is None:
+            good.append(record)
+        elif skip_bad:
+            skipped.append(f"{name_record(file, index, record)}: {problem}")
+        else:
+            raise DataError(f"{name_record(file, index, record)}: {problem} (--skip-bad-samples leaves it out)")
+        if problem is None:
+            record["index"] = index  # a sample that turns out bad later on is named by it
+    if not good:
+        raise DataError(f"{file}: no record can be used ({len(skipped)} bad)")
+    return good, skipped
+
+
+def name_record(file: Path, index: int, record: Any) -> str:
+    name = record.get("id") if isinstance(record, dict) else None
+    return f"{file}: record {index}" + (f" (id {name!r})" if name is not None else "")
+
+
+def _parse(file: Path) -> list[Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from error
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: malformed JSON {_where(text, error)}: {error.msg}") from error
+    if not isinstance(records, list):
+        raise DataError(f"{file}: holds a JSON {type(records).__name__}; expected a list of records")
+    return records
+
+
+def _where(text: str, error: json.JSONDecodeError) -> str:
+    complete = _complete_records(text)
+    last = f", after {len(complete)} complete records"
+    if complete and isinstance(complete[-1], dict) and "id" in complete[-1]:
+        last += f" (the last has id {complete[-1]['id']!r})"
+    # A string that never ends is reported where it starts, so the position alone does not tell.
+    half_written = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+    return f"at line {error.lineno}, column {error.colno}{last}" + (
+        "; the file looks half-written: copy or download it again" if half_written else ""
+    )
+
+
+def _complete_records(text: str) -> list[Any]:
+    decoder, records = json.JSONDecoder(), []
+    position = text.find("[") + 1
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        try:
+            record, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError:
+            return records
+        records.append(record)
+
+
+def _problem(record: Any, images: Path) -> str | None:
+    """What is wrong with a record, or None."""
+    if not isinstance(record, dict):
+        return f"is a JSON {type(record).__name__}; expected an object with conversations"
+    return _conversation_problem(record.get("conversations")) or _image_problem(record, images)
+
+
+def _conversation_problem(turns: Any) -> str | None:
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("value"), str) and "from" in turn for turn in turns
+    ):
+        return "conversations must be a list of {from, value}"
+    for position, turn in enumerate(turns):
+        expected = ("human", "gpt")[position % 2]
+        if turn["from"] != expected:
+            return f"turn {position} is from {turn['from']!r}; expected {expected!r} (human and gpt take turns)"
+        if expected == "gpt" and not turn["value"].strip():
+            return f"the answer in turn {position} is empty"
+    if not turns:
+        return "the conversation is empty"
+    if len(turns) % 2:
+        return "the conversation ends without an answer"
+    return None
+
+
+def _image_problem(record: Record, images: Path) -> str | None:
+    image, expected = record.get("image"), int("image" in record)
+    if expected and not isinstance(image, str):
+        return f"image is {image!r}; expected one path"
+    in_answers = sum(turn["value"].count(IMAGE) for turn in record["conversations"][1::2])
+    if in_answers:
+        return f"an answer contains {IMAGE}"
+    count = sum(turn["value"].count(IMAGE) for turn in record["conversations"])
+    if count != expected:
+        return f"has {expected} image but {count} {IMAGE} in its questions"
+    if expected and not (images / image).is_file():
+        return f"image {images / image} does not exist"
+    return None

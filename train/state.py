@@ -1,0 +1,214 @@
+"""A run's folder: its config, its checkpoints, going on from the last one, and its outcome.
+
+    folder/config.yaml            what the run was started with
+    folder/checkpoints/latest     name of the newest whole checkpoint
+    folder/checkpoints/step-N/    DeepSpeed's state, and rank-R.pt with that process's random state
+    folder/final/                 the trained model; there once the run is done
+
+Nothing half-written ever carries a final name: files are written under a temporary name, flushed to the disk and
+renamed, so a run killed at any moment finds its last whole checkpoint.
+"""
+
+import fcntl
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor, nn
+
+from libmoe_fast.checkpoint import save_model
+from libmoe_fast.errors import CheckpointError, ConfigError
+from libmoe_fast.files import write_atomically
+from libmoe_fast.train.config import HARMLESS, TrainConfig, flatten, plain
+
+# torch's zip writer reports a full disk as a RuntimeError with one of these.
+TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")
+
+
+class RunFolder:
+    """A run's folder, held by this run alone while the context is open.
+
+    Raises:
+        ConfigError: the folder belongs to a run with other options, or another process is training in it.
+        CheckpointError: something in it cannot be read or written.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.path = Path(config.run.folder)
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+
+    def __enter__(self) -> "RunFolder":
+        if dist.get_rank() == 0:
+            with disk_errors(f"the run's folder {self.path}"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = (self.path / ".lock").open("w")
+            self._claim()
+        dist.barrier()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if dist.get_rank() == 0:
+            self._lock.close()
+
+    @property
+    def done(self) -> bool:
+        return self.final.exists()
+
+    def _claim(self) -> None:
+        try:
+            # A record lock: gone with its process, however that ends, and not inherited by data workers.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process trains in {self.path}; wait, or choose another run.folder") from None
+        for partial in [*self.checkpoints.glob(".*.partial"), *self.path.glob(".*.partial")]:
+            _remove(partial)
+        file = self.path / "config.yaml"
+        if not file.exists():
+            with disk_errors(str(file)):
+                write_atomically(file, yaml.safe_dump(plain(self.config), sort_keys=False))
+            return
+        before, now = flatten(yaml.safe_load(file.read_text())), flatten(plain(self.config))
+        changed = [key for key in now if now[key] != before.get(key) and key not in HARMLESS]
+        if changed:
+            listing = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
+            raise ConfigError(f"{self.path} belongs to a run with other options: {listing}; choose another run.folder")
+
+    def save(self, engine: Any, step: int, progress: dict[str, Any]) -> None:
+        """Writes checkpoint step-N, makes it the latest, and removes old ones. All ranks must call it.
+
+        Args:
+            step: optimizer steps done.
+            progress: anything else that restore should give back; rank 0's is kept.
+        """
+        partial, whole = self.checkpoints / f".step-{step}.partial", self.checkpoints / f"step-{step}"
+        state = {**progress, "step": step}
+        with disk_errors(f"checkpoint {whole}", partial=partial):
+            engine.save_checkpoint(str(self.checkpoints), tag=partial.name, client_state=state, save_latest=False)
+            torch.save(random_state(), partial / f"rank-{dist.get_rank()}.pt")
+            dist.barrier()
+            if dist.get_rank() == 0:
+                _remove(whole)  # one that a run saved and was killed before it became the latest
+                publish(partial, whole)
+                write_atomically(self.checkpoints / "latest", whole.name)
+                self._prune(step)
+        dist.barrier()
+
+    def _prune(self, latest: int) -> None:
+        steps = sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*"))
+        kept = [step for step in steps if step <= latest][-self.config.run.keep_checkpoints :]
+        for step in set(steps).difference(kept):  # later ones come from a run that was killed before they counted
+            _remove(self.checkpoints / f"step-{step}")
+
+    def restore(self, engine: Any) -> dict[str, Any]:
+        """Puts engine and random state back to the latest checkpoint; returns what save was given, {} if none."""
+        latest = self.checkpoints / "latest"
+        if not latest.exists():
+            return {}
+        folder = self.checkpoints / latest.read_text().strip()
+        processes = len(list(folder.glob("rank-*.pt")))
+        if folder.is_dir() and processes != dist.get_world_size():
+            raise CheckpointError(
+                f"{folder} was written by {processes} processes and this run has {dist.get_world_size()}; start as many"
+            )
+        try:
+            _, state = engine.load_checkpoint(str(self.checkpoints), tag=folder.name)
+            set_random_state(torch.load(folder / f"rank-{dist.get_rank()}.pt", weights_only=True))
+        # torch, zip and DeepSpeed raise errors of no common kind on damaged files.
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder} cannot be read: {error}; to go on from an older one, write its name into {latest}"
+            ) from error
+        return state
+
+    def export(self, model: nn.Module, processor: Any, state: dict[str, Tensor]) -> None:
+        """Writes final/, what the next stage, evaluation and users load. Marks the run as done.
+
+        Args:
+            state: the whole weights, on rank 0.
+        """
+        if dist.get_rank() == 0:
+            save_model(model, self.final, processor=processor, state_dict=state)
+            if self.config.run.delete_checkpoints_when_done:
+                _remove(self.checkpoints)
+        dist.barrier()
+
+
+@contextmanager
+def disk_errors(what: str, *, partial: Path | None = None) -> Iterator[None]:
+    """Turns errors of writing, a full disk above all, into a CheckpointError, and removes what is half-written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not any(mark in str(error) for mark in TORCH_WRITE_ERRORS):
+            raise
+        if partial is not None:
+            _remove(partial)
+        reason = error.strerror if isinstance(error, OSError) else "writing failed, as it does on a full disk"
+        raise CheckpointError(
+            f"{what} cannot be written: {reason}; what was saved before is unharmed: make room and run the same command"
+        ) from error
+
+
+def publish(partial: Path, whole: Path) -> None:
+    """Gives a folder its final name once all of it is on the disk."""
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    partial.rename(whole)
+    _sync(whole.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a folder half removed must not carry a checkpoint's name.
+    if path.is_dir():
+        doomed = path.with_name(f".{path.name.strip('.')}.removed.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # GPUs included
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python, NumPy, torch and this process's GPU, in types that torch.load takes without trusting the file."""
+    name, keys, *rest = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
