@@ -1,0 +1,140 @@
+"""What training and evaluation left in a folder of runs, read back without the model."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from libmoe_fast.analysis.counts import RoutingCounts
+from libmoe_fast.analysis.metrics import layer_entropy, load_imbalance, total_entropy
+from libmoe_fast.analysis.results import RESULTS, ROUTING, read_results
+from libmoe_fast.errors import ConfigError
+
+LOG = "log.jsonl"
+_DEPTH = 3  # RUN_DIR/group/run/eval
+
+
+@dataclass
+class Run:
+    """One run: training log, evaluation scores, expert-selection counts. Any of them may be missing."""
+
+    name: str
+    folder: Path
+    router: str | None = None  # None: dense, or not known
+    log: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    counts: RoutingCounts | None = None
+
+    @property
+    def step_milliseconds(self) -> float | None:
+        """Median training step, of the steps in the log."""
+        seconds = [line["step_seconds"] for line in self.log if line.get("step_seconds") is not None]
+        return 1000 * statistics.median(seconds) if seconds else None
+
+    @property
+    def entropy_total(self) -> float | None:
+        """H_total (eq. 5) over all evaluated images."""
+        layers = self._layer_counts()
+        return total_entropy(layers) if layers else None
+
+    @property
+    def imbalance(self) -> float | None:
+        """Load imbalance over all evaluated images: 1 is even."""
+        layers = self._layer_counts()
+        return load_imbalance(layers) if layers else None
+
+    def entropy_details(self) -> dict[str, Any] | None:
+        """H^(l) of every layer, and H_total of every task and category, as plain values."""
+        layers = self._layer_counts()
+        if not layers:
+            return None
+        return {
+            "layers": {name: layer_entropy(c) for name, c in zip(self.counts.layers, layers, strict=True)},
+            "tasks": {
+                name: {
+                    "images": task.total.images,
+                    "H_total": total_entropy(task.total.counts),
+                    "categories": {
+                        key: {value: total_entropy(tally.counts) for value, tally in values.items()}
+                        for key, values in task.categories.items()
+                    },
+                }
+                for name, task in self.counts.tasks.items()
+            },
+        }
+
+    def _layer_counts(self) -> list:
+        return self.counts.over_tasks() if self.counts is not None and self.counts.layers else []
+
+
+def find_runs(folder: str | Path) -> list[Run]:
+    """All runs in `folder` (itself one, perhaps), by name.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing in it that train or evaluate wrote.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}: give one that holds runs of libmoe-fast train or evaluate")
+    homes: dict[Path, list[Path]] = {}  # run -> its evaluation folders
+    for path in _walk(folder, _DEPTH):
+        if (path / LOG).is_file():
+            homes.setdefault(path, [])
+        elif read_results(path) is not None:
+            homes.setdefault(path if path == folder else path.parent, []).append(path)
+    if not homes:
+        raise ConfigError(f"{folder} holds no run: expected {LOG} of libmoe-fast train, or {RESULTS} of evaluate")
+    return [_read_run(folder, home, evaluations) for home, evaluations in sorted(homes.items())]
+
+
+def _walk(folder: Path, depth: int):
+    yield folder
+    if depth:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.name.startswith(".") and child.name not in ("checkpoints", "final"):
+                yield from _walk(child, depth - 1)
+
+
+def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
+    name = home.resolve().name if home == root else str(home.relative_to(root))
+    run = Run(name, home, _router(home, evaluations), _read_log(home / LOG))
+    for path in evaluations:
+        run.scores.update(read_results(path)["scores"])
+        if (path / ROUTING).is_file():
+            counts = RoutingCounts.load(path / ROUTING)
+            if run.counts is None or run.counts.layers != counts.layers:
+                run.counts = counts
+            else:
+                run.counts.tasks.update(counts.tasks)
+    return run
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The steps logged so far. A step done twice, before and after an interruption, counts as the later one."""
+    steps: dict[Any, dict[str, Any]] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the line a killed run was writing
+                continue
+            if isinstance(entry, dict) and "step" in entry:
+                steps[entry["step"]] = entry
+    return [steps[step] for step in sorted(steps)]
+
+
+def _router(home: Path, evaluations: list[Path]) -> str | None:
+    """The router's name in the recipe of the checkpoint: the run's own, or the one its evaluation read."""
+    checkpoints = [home / "final", *(Path(read_results(path)["checkpoint"]["path"]) for path in evaluations)]
+    for checkpoint in checkpoints:
+        try:
+            layers = json.loads((checkpoint / "libmoe_fast.json").read_text())["layers"]
+            names = sorted({layer["router"] for layer in layers.values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if names:
+            return "+".join(names)
+    return None

@@ -1,0 +1,236 @@
+"""The command line: `libmoe-fast train | evaluate | report | doctor`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from libmoe_fast.errors import ConfigError, LibMoEError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+_DESCRIPTION = """\
+Train, evaluate and compare Mixture-of-Experts vision-language models.
+
+  libmoe-fast train --config stage3 --model.path runs/stage2/final --model.router cosine \\
+                    --data.file llava_665k.json --data.images images --run.folder runs/cosine
+  libmoe-fast evaluate runs/cosine/final --tasks MME POPE
+  libmoe-fast report runs
+  libmoe-fast doctor
+
+Each command has its own --help. A mistake is one line on stderr and exit code 2; nothing already written is lost.
+"""
+
+_TRAIN = """\
+Train one stage of the pipeline: 1 the projector, 2 everything (dense), 3 upcycle to experts and train everything.
+
+The same command on the same --run.folder goes on from its last checkpoint.
+
+  libmoe-fast train --config stage1 --data.file blip_558k.json --run.folder runs/stage1
+  libmoe-fast train --config stage3 --config mine.yaml --model.router sigmoid --optim.lr 4e-6
+  deepspeed --num_gpus 4 --module libmoe_fast.train --config stage3 ...
+
+Several --config files are merged in the order given; options after them win. Presets: {presets}.
+"""
+
+_EVALUATE = """\
+Evaluate a checkpoint through lmms-eval; count which experts its images are sent to.
+
+  libmoe-fast evaluate runs/smoe/final --tasks MME POPE --batch_size 16
+  libmoe-fast evaluate runs/smoe/final --tasks my_task --include_path my_tasks/
+  torchrun --nproc_per_node 4 -m libmoe_fast.cli evaluate runs/smoe/final --tasks mmstar
+
+Scores, predictions and counts go to eval/ beside the checkpoint, where `libmoe-fast report` finds them.
+"""
+
+_REPORT = """\
+Compare all runs in a folder: a table of scores, load imbalance, H_total and step time, with figures.
+
+  libmoe-fast report runs
+
+Writes report.md, report.json, training.png and experts.png into the folder, and prints the table.
+"""
+
+_DOCTOR = """\
+Say what works here: versions, the extension and its ABI, and for each backend that cannot run, why and what to do.
+
+  libmoe-fast doctor
+  libmoe-fast doctor --json
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 after an error the user can act on, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except LibMoEError as error:
+        print(f"libmoe-fast: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"libmoe-fast: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `libmoe-fast report runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"libmoe-fast: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        import jsonargparse
+    except ImportError as error:
+        raise ConfigError(f"the command line needs {error.name}: pip install 'libmoe_fast[all]'") from error
+
+    commands: dict[str, tuple[str, Callable, Callable]] = {
+        "train": (_TRAIN.format(presets=", ".join(_preset_names()) or "none"), _add_train, _train),
+        "evaluate": (_EVALUATE, _add_evaluate, _evaluate),
+        "report": (_REPORT, _add_report, _report),
+        "doctor": (_DOCTOR, _add_doctor, _doctor),
+    }
+    parser = _parser(jsonargparse, "libmoe-fast", _DESCRIPTION)
+    subcommands = parser.add_subcommands(metavar="COMMAND", help="what to do")
+    for name, (description, add_arguments, _) in commands.items():
+        command = _parser(jsonargparse, f"libmoe-fast {name}", description)
+        add_arguments(command)
+        subcommands.add_subcommand(name, command, help=description.splitlines()[0])
+    if not arguments:
+        parser.print_help()
+        return 2
+    try:
+        options = parser.parse_args(_with_preset_paths(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(f"{error} (see libmoe-fast --help)") from error
+    return commands[options.subcommand][2](options[options.subcommand])
+
+
+def _parser(jsonargparse, program: str, description: str) -> ArgumentParser:
+    import argparse
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the examples' line breaks."""
+
+    return jsonargparse.ArgumentParser(
+        prog=program, description=description, formatter_class=Formatter, exit_on_error=False
+    )
+
+
+def _add_train(parser: ArgumentParser) -> None:
+    from libmoe_fast.train.config import add_train_arguments
+
+    add_train_arguments(parser)
+
+
+def _train(options: Namespace) -> int:
+    from libmoe_fast.train.config import check, config_from_namespace
+
+    config = config_from_namespace(options)
+    check(config)  # before the slow imports
+    from libmoe_fast.train.loop import train
+
+    train(config)
+    return 0
+
+
+def _add_evaluate(parser: ArgumentParser) -> None:
+    from libmoe_fast.evaluate import BENCHMARKS, EvaluateConfig
+
+    parser.add_argument("checkpoint", help="the final/ folder of a run, or any folder save_model wrote")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], help=f"lmms-eval tasks, or LibMoE's benchmarks: {', '.join(BENCHMARKS)}"
+    )
+    parser.add_argument("--include_path", nargs="+", default=[], help="folders with further lmms-eval task files")
+    parser.add_class_arguments(EvaluateConfig, skip={"tasks", "include_path"})
+
+
+def _evaluate(options: Namespace) -> int:
+    from libmoe_fast.evaluate import EvaluateConfig, evaluate
+
+    values = vars(options)
+    checkpoint = values.pop("checkpoint")
+    scores = evaluate(checkpoint, EvaluateConfig(**values))
+    for column, score in scores.items():
+        print(f"{column}: {score:.2f}")
+    return 0
+
+
+def _add_report(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder that holds runs of train and evaluate, or one run")
+    parser.add_argument("--out", type=str | None, default=None, help="folder for the report; default: the same")
+
+
+def _report(options: Namespace) -> int:
+    from libmoe_fast.analysis.report import make_report
+
+    print(make_report(options.folder, out=options.out))
+    print(f"\nwritten: {Path(options.out or options.folder) / 'report.md'}")
+    return 0
+
+
+def _add_doctor(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _doctor(options: Namespace) -> int:
+    from libmoe_fast import doctor
+
+    return doctor.run(json=options.json)
+
+
+def _preset_folder() -> Path:
+    import importlib.util
+
+    spec = importlib.util.find_spec("libmoe_fast.train")
+    return Path(spec.submodule_search_locations[0]) / "presets"
+
+
+def _preset_names() -> list[str]:
+    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+
+
+def _with_preset_paths(arguments: list[str]) -> list[str]:
+    """`--config stage3` means the packaged preset, unless there is a file of that name.
+
+    Raises:
+        ConfigError: a config file is not YAML; the parser's own message would not say which.
+    """
+    resolved = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        prefix = "--config=" if argument.startswith("--config=") else ""
+        if prefix or before == "--config":
+            argument = prefix + _config_file(argument.removeprefix(prefix))
+        resolved.append(argument)
+    return resolved
+
+
+def _config_file(name: str) -> str:
+    import yaml
+
+    preset = _preset_folder() / f"{name}.yaml"
+    path = preset if preset.is_file() and not Path(name).exists() else Path(name)
+    if path.is_file():
+        try:
+            yaml.safe_load(path.read_bytes())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from error
+    return str(path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""The lmms-eval model plugin: evaluates any checkpoint of ours, and counts which experts its images were sent to.
+
+lmms-eval finds it by the entry point group `lmms_eval.models`:
+
+    lmms-eval --model libmoe_fast --model_args pretrained=runs/smoe/final,record=routing.json --tasks mme
+
+Importing this module needs torch and lmms-eval only; a checkpoint's code is imported when one is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lmms_eval.api.model import lmms
+
+from libmoe_fast.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    from libmoe_fast.analysis import RoutingCounts
+
+# The field(s) of a benchmark's documents that name their subtask.
+CATEGORY_FIELDS = {
+    "chartqa": ("type",),
+    "hallusion_bench_image": ("category", "subcategory"),
+    "mmbench_en_dev_static": ("category", "L2-category"),
+    "mmstar": ("category", "l2_category"),
+}
+_DEFAULT_CATEGORY_FIELDS = ("category",)
+
+_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
+_GENERATION_OPTIONS = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens")
+
+
+def manifests() -> list[ModelManifest]:
+    """What the entry point hands to lmms-eval."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return [ModelManifest(model_id="libmoe_fast", chat_class_path=f"{__name__}.LibMoEFast")]
+
+
+@dataclass
+class Prompt:
+    """One request, ready for the processor."""
+
+    text: str
+    images: list
+    task: str
+    categories: dict[str, str]
+
+
+class LibMoEFast(lmms):
+    """A chat model over a checkpoint folder, dense or swapped.
+
+    Args:
+        pretrained: folder that `libmoe_fast.save_model` (or `libmoe-fast train`) wrote, processor included.
+        batch_size: requests per forward pass.
+        device: `"cuda"`, `"cpu"`, ...; default: this rank's GPU if there is one.
+        dtype: `"auto"` keeps the checkpoint's; or a torch dtype's name.
+        backend: engine of the MoE layers; default: the best usable one.
+        image_aspect: `"pad"` squares images as training does by default; `"none"` leaves that to the processor.
+        record: file for the expert-selection counts (JSON, see `analysis.RoutingCounts`); none: not counted.
+        max_new_tokens: for tasks that do not say.
+
+    Raises:
+        ConfigError: an option it does not have.
+        CheckpointError: `pretrained` cannot be loaded.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        backend: str | None = None,
+        image_aspect: str = "pad",
+        record: str | None = None,
+        max_new_tokens: int = 128,
+        max_batch_size: int | None = None,  # lmms-eval always passes it; it is for automatic batch sizes
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise ConfigError(
+                f"unknown model argument {sorted(unknown)[0]!r}: libmoe_fast takes pretrained, batch_size, device, "
+                "dtype, backend, image_aspect, record and max_new_tokens"
+            )
+        if image_aspect not in ("pad", "none"):
+            raise ConfigError(f"image_aspect is {image_aspect!r}: expected 'pad' or 'none'")
+        self._pad = image_aspect == "pad"
+        self._batch_size = _positive(batch_size, "batch_size")
+        self._max_new_tokens = _positive(max_new_tokens, "max_new_tokens")
+        self._record = record
+        self._join_ranks(device)
+        self._load(str(pretrained), dtype, backend)
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def _join_ranks(self, device: str | None) -> None:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if device in (None, "auto", "cuda"):
+            device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        self._rank = int(os.environ.get("RANK", 0))
+        self._world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        if self._world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self._device.type == "cuda" else "gloo")
+
+    def _load(self, folder: str, dtype: str, backend: str | None) -> None:
+        from transformers import AutoProcessor
+
+        import libmoe_fast
+        from libmoe_fast.analysis import RoutingCounts
+
+        self._model = libmoe_fast.load_model(folder, dtype=_torch_dtype(dtype), backend=backend)
+        self._model.to(self._device).eval()
+        try:
+            self._processor = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} has no processor: save one beside the model (processor.save_pretrained)"
+            ) from error
+        self._tokenizer = self._processor.tokenizer
+        self._tokenizer.padding_side = "left"  # a generated token follows the prompt, not padding
+        self._counts = RoutingCounts(list(libmoe_fast.moe_layers(self._model)))
+
+    # ---- what lmms-eval calls
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers in the order of `requests`; batches hold requests of equal generation settings."""
+        return self._answer(requests, lambda i, doc: requests[i].args[1](doc))
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """A list of answers per request: the task writes each round's messages from the answers so far."""
+        rounds = [_Rounds() for _ in requests]
+        going_on = [i for i, request in enumerate(requests) if not _is_padding(request)]
+        while going_on:
+            for i in going_on:
+                rounds[i].prepare(requests[i].args[1], self._document(requests[i]))
+            going_on = [i for i in going_on if rounds[i].messages is not None]
+            messages = [rounds[i].messages for i in going_on]
+            answers = self._answer([requests[i] for i in going_on], lambda j, _, given=messages: given[j])
+            for i, answer in zip(going_on, answers, strict=True):
+                rounds[i].answers.append(answer)
+        return [state.answers for state in rounds]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(mean negative log-likelihood, greedy?) of each continuation, which is what lmms-eval takes the argmin of."""
+        scored = []
+        for request in requests:
+            context, continuation, *document = request.args
+            visuals = []
+            if document:  # absent in the unconditional requests of acc_mutual_info
+                doc_to_visual, doc_id, task, split = document
+                doc = self.task_dict[task][split][doc_id]
+                visuals = doc_to_visual(doc) or []
+                continuation = continuation if isinstance(continuation, str) else continuation(doc)
+            content = [{"type": "image", "url": image} for image in visuals] + [{"type": "text", "text": context}]
+            scored.append(self._score([{"role": "user", "content": content}], continuation))
+        return scored
+
+    def clean(self) -> None:
+        """lmms-eval calls this once, on every rank, when all requests are answered: the place to write the counts."""
+        if self._record is not None:
+            self._write_counts(self._record)
+        super().clean()
+
+    # ---- answering
+
+    def _document(self, request: Instance) -> Mapping:
+        *_, doc_id, task, split = request.args
+        return self.task_dict[task][split][doc_id]
+
+    def _prompt(self, request: Instance, messages: Callable[[Mapping], list[dict]]) -> Prompt:
+        *_, task, _ = request.args
+        document = self._document(request)  # once: reading it decodes its images
+        text, images = self._render(messages(document))
+        return Prompt(text, images, task, _categories(task, document))
+
+    def _render(self, messages: list[dict]) -> tuple[str, list]:
+        """The chat as text with one `<image>` per image, and the images, squared as they were in training."""
+        from lmms_eval.protocol import ChatMessages
+
+        chat = ChatMessages(messages=messages)
+        images, videos, audios = chat.extract_media()
+        if videos or audios:
+            raise ConfigError(
+                "the task asks about video or audio; these checkpoints read text and images: leave it out"
+            )
+        rendered = chat.to_hf_messages()
+        for part in (part for message in rendered for part in message["content"] if part["type"] == "text"):
+            part["text"] = part["text"].replace(self._processor.image_token, "")  # it would stand for an image
+        text = self._processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+        return text, [self._prepared(image) for image in images]
+
+    def _prepared(self, image: Any):
+        from PIL import Image
+
+        from libmoe_fast.train.data import pad_to_square
+
+        image = (Image.open(image) if isinstance(image, str | os.PathLike) else image).convert("RGB")
+        return pad_to_square(image, self._processor.image_processor.image_mean) if self._pad else image
+
+    def _inputs(self, texts: list[str], images: list) -> dict[str, torch.Tensor]:
+        encoded = self._processor(
+            text=texts,
+            images=images or None,
+            padding=True,
+            add_special_tokens=False,  # the chat template writes them
+            return_tensors="pt",
+        ).to(self._device)
+        if "pixel_values" in encoded:
+            encoded["pixel_values"] = encoded["pixel_values"].to(self._model.dtype)
+        return dict(encoded)
+
+    def _answer(self, requests: list[Instance], messages: Callable[[int, Mapping], list[dict]]) -> list[str]:
+        """Answers in the order of `requests`; only one batch of images is in memory at a time.
+
+        Args:
+            messages: from a request's position and its document to its chat.
+        """
+        from tqdm import tqdm
+
+        answers = [""] * len(requests)  # a padding request keeps this: no rank waits for another inside a batch
+        with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0 or not requests) as bar:
+            for indices in _batches(requests, self._batch_size):
+                prompts = [self._prompt(requests[i], partial(messages, i)) for i in indices]
+                answered = self._generate(prompts, _settings(requests[indices[0]]))
+                for i, answer in zip(indices, answered, strict=True):
+                    answers[i] = answer
+                bar.update(len(indices))
+        return answers
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[Prompt], settings: Mapping[str, Any]) -> list[str]:
+        options = _generation_options(settings, self._max_new_tokens)
+        images = [image for prompt in prompts for image in prompt.images]
+        inputs = self._inputs([prompt.text for prompt in prompts], images)
+        with self._counting(prompts, options):
+            output = self._model.generate(**inputs, **options, pad_token_id=self._tokenizer.pad_token_id)
+        new = output[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
+        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [_cut(text, settings.get("until")) for text in texts]
+
+    @torch.inference_mode()
+    def _score(self, messages: list[dict], continuation: str) -> tuple[float, bool]:
+        text, images = self._render(messages)
+        prompt = self._inputs([text], images)["input_ids"][0]
+        inputs = self._inputs([text + continuation], images)
+        ids = inputs["input_ids"][0]
+        shared = min(len(prompt), len(ids))
+        differs = (prompt[:shared] != ids[:shared]).nonzero()
+        start = int(differs[0]) if len(differs) else shared  # earlier than the prompt's end where tokens merge over it
+        if start == len(ids):
+            raise ConfigError(f"the continuation {continuation!r} has no token to score: give a longer one")
+        logits = self._model(**inputs, logits_to_keep=len(ids) - start + 1).logits[0, :-1].float()  # [C, V]
+        target = ids[start:]
+        loss = torch.nn.functional.cross_entropy(logits, target)
+        return loss.item(), bool((logits.argmax(-1) == target).all())
+
+    # ---- counting
+
+    def _counting(self, prompts: list[Prompt], options: Mapping[str, Any]) -> AbstractContextManager:
+        if self._record is None:
+            return nullcontext()
+        from libmoe_fast.analysis.counter import ImageOwner, count_experts
+
+        owners = [ImageOwner(prompt.task, prompt.categories) for prompt in prompts for _ in prompt.images]
+        return count_experts(self._model, self._counts, owners, beams=options.get("num_beams", 1))
+
+    def _write_counts(self, path: str) -> None:
+        counts = self._counts
+        if self._world_size > 1:
+            gathered: list[RoutingCounts | None] = [None] * self._world_size
+            dist.all_gather_object(gathered, counts)
+            counts = gathered[0]
+            for other in gathered[1:]:
+                counts.merge(other)
+        if self._rank == 0:
+            counts.save(path)
+
+
+class _Rounds:
+    """One request of a multi-round task: its answers, and what the task hands from round to round."""
+
+    def __init__(self) -> None:
+        self.answers: list[str] = []
+        self.messages: list[dict] | None = None  # of the round to come; None: there is none
+        self._info: Any = None
+
+    def prepare(self, doc_to_messages: Callable, doc: Mapping) -> None:
+        if not self.answers:
+            self.messages = doc_to_messages(doc)
+            return
+        told = {"previous_output": list(self.answers), "previous_round_info": self._info}
+        given = doc_to_messages(doc, round_idx=len(self.answers), **told)
+        terminal = True
+        if isinstance(given, tuple) and len(given) == 4:  # a task of one round gives something else
+            self.messages, terminal, _, self._info = given
+        if terminal:
+            self.messages = None
+
+
+def _batches(requests: list[Instance], size: int) -> Iterator[list[int]]:
+    """Indices of requests to answer together: equal settings, similar length (left padding then stays short)."""
+    groups: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        if not _is_padding(request):
+            groups.setdefault(json.dumps(_settings(request), sort_keys=True, default=str), []).append(i)
+    for group in groups.values():
+        group.sort(key=lambda i: len(requests[i].args[0]))
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _settings(request: Instance) -> Mapping[str, Any]:
+    return request.args[2]
+
+
+def _generation_options(settings: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    """lmms-eval's gen_kwargs as arguments of `generate`; settings about prompts or other models are not ours."""
+    options = {name: settings[name] for name in _GENERATION_OPTIONS if settings.get(name) is not None}
+    options["max_new_tokens"] = int(settings.get("max_new_tokens") or max_new_tokens)
+    temperature = settings.get("temperature") or 0.0
+    options["do_sample"] = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
+    for name in _SAMPLING_OPTIONS:
+        options[name] = settings.get(name) if options["do_sample"] else None  # None: no warning about unused ones
+    return options
+
+
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    stops = [until] if isinstance(until, str) else until or []
+    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _categories(task: str, doc: Mapping) -> dict[str, str]:
+    fields = CATEGORY_FIELDS.get(task, _DEFAULT_CATEGORY_FIELDS)
+    return {name: str(doc[name]) for name in fields if doc.get(name) is not None}
+
+
+def _is_padding(request: Instance) -> bool:
+    """With several ranks, lmms-eval repeats the last request until all ranks hold as many."""
+    return isinstance(request.metadata, dict) and bool(request.metadata.get("__padding_only__"))
+
+
+def _torch_dtype(name: str) -> torch.dtype | None:
+    if name in (None, "auto"):
+        return None
+    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"unknown dtype {name!r}: expected auto, bf16, fp16 or fp32")
+    return dtype
+
+
+def _positive(value: Any, name: str) -> int:
+    if not str(value).isdigit() or int(value) < 1:
+        raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
+    return int(value)

@@ -1,0 +1,234 @@
+"""Metrics against closed forms and numbers worked out by hand; the report against logs written here."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from libmoe_fast import ConfigError, DataError, Routing
+from libmoe_fast.analysis import RoutingCounts, layer_entropy, load_imbalance, total_entropy
+from libmoe_fast.analysis.counter import count_per_image
+from libmoe_fast.analysis.figures import short_layer_name, training_curves
+from libmoe_fast.analysis.report import MISSING, make_report
+from libmoe_fast.analysis.runs import find_runs
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4, 6, 64])
+def test_even_use_has_entropy_log2_n_and_imbalance_1(experts):
+    assert layer_entropy([7] * experts) == pytest.approx(math.log2(experts))
+    assert load_imbalance([[7] * experts]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_one_expert_has_entropy_0_and_imbalance_n(experts):
+    counts = [0] * (experts - 1) + [9]
+    entropy = layer_entropy(counts)
+    assert entropy == 0
+    assert math.copysign(1, entropy) == 1  # a report of "-0.0" would puzzle
+    assert load_imbalance([counts]) == experts
+
+
+def test_entropy_worked_out_by_hand():
+    """Eq. 4 for shares 1/2, 1/4, 1/8, 1/8: 1/2 * 1 + 1/4 * 2 + 2 * 1/8 * 3 = 1.75 bits. Eq. 5, with an even layer."""
+    assert layer_entropy([8, 4, 2, 2]) == 1.75
+    assert total_entropy([[8, 4, 2, 2], [5, 5, 5, 5]]) == 1.875
+    assert load_imbalance([[8, 4, 2, 2], [5, 5, 5, 5]]) == 1.5  # (4 * 1/2 + 1) / 2
+
+
+def test_entropy_only_depends_on_shares():
+    """Eq. 4 normalises: ten times the images give the same value, in any order of experts."""
+    assert layer_entropy([30, 10, 20]) == pytest.approx(layer_entropy(np.array([200, 300, 100])))
+
+
+@pytest.mark.parametrize("metric", [layer_entropy, lambda c: total_entropy([c]), lambda c: load_imbalance([c])])
+def test_nothing_counted_has_no_entropy(metric):
+    with pytest.raises(ValueError, match="above 0"):
+        metric([0, 0])
+
+
+def counts_of(*images):
+    """A record of two layers (N = 2 and 3) from (task, category, layer 1, layer 2) per image."""
+    counts = RoutingCounts(["a", "b"])
+    for task, category, first, second in images:
+        counts.add(task, {"category": category}, [np.array(first), np.array(second)])
+    return counts
+
+
+IMAGES = [("mme", "OCR", [1, 2], [1, 1, 1]), ("mme", "code", [3, 0], [0, 0, 3]), ("pope", "adv", [0, 5], [5, 0, 0])]
+
+
+def test_counts_add_up_by_task_and_category():
+    counts = counts_of(*IMAGES)
+    mme = counts.tasks["mme"]
+    assert mme.total.images == 2
+    assert [c.tolist() for c in mme.total.counts] == [[4, 2], [1, 1, 4]]
+    assert [c.tolist() for c in mme.categories["category"]["OCR"].counts] == [[1, 2], [1, 1, 1]]
+    assert [c.tolist() for c in counts.over_tasks()] == [[4, 7], [6, 1, 4]]
+    assert [c.tolist() for c in counts.over_tasks(["pope"])] == [[0, 5], [5, 0, 0]]
+
+
+def test_merged_ranks_equal_one_rank(tmp_path):
+    whole, first, second = counts_of(*IMAGES), counts_of(IMAGES[0], IMAGES[2]), counts_of(IMAGES[1])
+    first.merge(second)
+    for name, counts in (("whole", whole), ("merged", first)):
+        counts.save(tmp_path / name)
+    assert json.loads((tmp_path / "whole").read_text()) == json.loads((tmp_path / "merged").read_text())
+
+
+def test_counts_survive_saving(tmp_path):
+    counts_of(*IMAGES).save(tmp_path / "a.json")
+    RoutingCounts.load(tmp_path / "a.json").save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 9}', '{"format": 1, "layers": [], "tasks": {"x": {}}}'])
+def test_foreign_records_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "routing.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"routing\.json"):
+        RoutingCounts.load(path)
+
+
+def routing(index, num_experts):
+    index = torch.tensor(index)
+    return Routing(index, index, torch.zeros(*index.shape[:-1], num_experts), index)
+
+
+def test_counting_per_image():
+    """Two images of two tokens, K = 2, N = 4; then each twice in a row: as tiles both count, as beams one does."""
+    first, second = [[0, 1], [1, 3]], [[2, 3], [3, 1]]
+    once = [[1, 2, 0, 1], [0, 1, 1, 2]]
+    assert count_per_image([routing([first, second], 4)], 2).tolist() == once
+    assert count_per_image([routing([first, second], 4)], 2, beams=2).tolist() == once  # transformers 5 shows it once
+    repeated = [routing([first, first, second, second], 4)]
+    assert count_per_image(repeated, 2, beams=2).tolist() == once
+    assert count_per_image(repeated, 2).tolist() == [[2 * n for n in row] for row in once]
+
+
+def test_counting_needs_one_pass():
+    with pytest.raises(RuntimeError, match="2 times"):
+        count_per_image([routing([[[0]]], 2)] * 2, 1)
+
+
+def write_run(folder, *, router=None, steps=(), results=None, counts=None):
+    """A run as train and evaluate leave it: log.jsonl, final/libmoe_fast.json, eval/."""
+    (folder / "final").mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    if router is not None:
+        recipe = {"layers": {"a": {"router": router}, "b": {"router": router}}}
+        (folder / "final" / "libmoe_fast.json").write_text(json.dumps(recipe))
+    if results is not None:
+        (folder / "eval").mkdir()
+        content = {"format": 1, "checkpoint": {"path": str(folder / "final")}, "scores": results}
+        (folder / "eval" / "results.json").write_text(json.dumps(content))
+    if counts is not None:
+        counts.save(folder / "eval" / "routing.json")
+
+
+def step(number, seconds, **more):
+    return {"step": number, "step_seconds": seconds, "loss": 1 / number, **more}
+
+
+def cells(table):
+    """The rows of a Markdown table as {run: {header: cell}}."""
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_report_shows_what_the_runs_hold_and_invents_nothing(tmp_path):
+    """Two routers with everything, a dense run, one that was never evaluated, and one whose folder has no log."""
+    share = {"balance_loss": 1.2, "expert_share": {"a": [0.5, 0.5], "b": [0.6, 0.2, 0.2]}}
+    write_run(tmp_path / "dense", steps=[step(1, 0.5)], results={"digit": 90.0})
+    write_run(
+        tmp_path / "smoe",
+        router="smoe",
+        steps=[step(1, 9.0, **share), step(2, 0.2, **share), step(3, 0.1, **share)],
+        results={"digit": 91.25, "parity": 95.0},
+        counts=counts_of(("t", "x", [8, 8], [2, 0, 2])),
+    )
+    write_run(tmp_path / "hyper", router="hyper", steps=[step(1, 0.3, balance_loss=None)])
+    write_run(tmp_path / "old", router="cosine", results={"digit": 80.0})
+    rows = cells(make_report(tmp_path))
+    assert list(rows) == ["dense", "hyper", "old", "smoe"]  # dense first
+    assert rows["smoe"] == {
+        "run": "smoe",
+        "router": "smoe",
+        "digit": "91.2",
+        "parity": "95.0",
+        "load imbalance": "1.250",  # (1 + 3 * 1/2) / 2
+        "H_total": "1.0000",  # (1 + 1) / 2
+        "step (ms)": "200.0",  # the median: the first step's warm-up does not count
+    }
+    assert rows["dense"] | {"run": "", "router": ""} == {
+        "run": "",
+        "router": "",
+        "digit": "90.0",
+        "parity": MISSING,
+        "load imbalance": "-",
+        "H_total": "-",
+        "step (ms)": "500.0",
+    }
+    assert [rows["hyper"][c] for c in ("digit", "H_total", "load imbalance", "step (ms)")] == [MISSING] * 3 + ["300.0"]
+    assert (rows["old"]["digit"], rows["old"]["step (ms)"]) == ("80.0", MISSING)
+
+    details = {run["run"]: run for run in json.loads((tmp_path / "report.json").read_text())}
+    assert details["smoe"]["entropy"]["layers"] == {"a": 1.0, "b": 1.0}
+    assert details["smoe"]["entropy"]["tasks"]["t"]["categories"] == {"category": {"x": 1.0}}
+    assert details["hyper"]["H_total"] is None
+    markdown = (tmp_path / "report.md").read_text()
+    for name in ("training.png", "experts.png"):
+        assert f"({name})" in markdown
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_without_logs_or_counts_draws_no_empty_figure(tmp_path):
+    write_run(tmp_path / "dense", results={"MME": 1500.0})
+    make_report(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+    assert "png" not in (tmp_path / "report.md").read_text()
+
+
+def test_report_of_a_single_run(tmp_path):
+    write_run(tmp_path / "mine", router="sigmoid", steps=[step(1, 0.1)], results={"MME": 1500.0})
+    assert cells(make_report(tmp_path / "mine"))["mine"]["MME"] == "1500.0"
+
+
+def test_a_killed_runs_log_counts_each_step_once(tmp_path):
+    """Half of the last line is missing, and step 2 was done again after the interruption."""
+    write_run(tmp_path / "run", steps=[step(1, 0.1), step(2, 5.0), step(2, 0.3)])
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "step_sec')
+    (run,) = find_runs(tmp_path)
+    assert [line["step"] for line in run.log] == [1, 2]
+    assert run.step_milliseconds == pytest.approx(200)
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "foreign"])
+def test_a_folder_without_runs_is_refused(tmp_path, kind):
+    folder = tmp_path / "runs"
+    if kind != "absent":
+        folder.mkdir()
+    if kind == "foreign":
+        (folder / "results.json").write_text('{"accuracy": 1}')
+    with pytest.raises(ConfigError, match="runs"):
+        make_report(folder)
+
+
+def test_no_log_no_curve(tmp_path):
+    assert not training_curves([], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("model.vision_tower.encoder.layers.3.mlp", "vision 3"),  # transformers 5
+        ("model.vision_tower.vision_model.encoder.layers.11.mlp", "vision 11"),  # transformers 4
+        ("model.multi_modal_projector", "projector"),
+        ("model.mm_projector", "projector"),  # the original LLaVA
+        ("blocks.moe", "blocks.moe"),
+    ],
+)
+def test_layer_names_fit_an_axis(name, short):
+    assert short_layer_name(name) == short

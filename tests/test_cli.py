@@ -1,0 +1,207 @@
+"""The command line: every mistake is one line and exit code 2, help teaches, and starting is light."""
+
+import errno
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import yaml
+
+from libmoe_fast.cli import main
+
+pytest.importorskip("jsonargparse")
+
+COMMANDS = ("train", "evaluate", "report", "doctor")
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail; returns its one line."""
+
+    def run(*arguments):
+        assert main([str(argument) for argument in arguments]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("libmoe-fast: error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evalute"], "evalute"),
+        (["report"], "folder"),
+        (["report", "nowhere"], "no folder nowhere"),
+        (["report", "nowhere", "--width", "3"], "--width"),
+        (["doctor", "--jsn"], "--jsn"),
+        (["evaluate"], "checkpoint"),
+        (["evaluate", "nowhere", "--tasks", "mme"], "no checkpoint folder nowhere"),
+        (["evaluate", "nowhere", "--batch_size", "many"], "batch_size"),
+        (["evaluate", "nowhere", "--dtype", "fp7"], "dtype"),
+        (["train", "--config", "stage9"], "stage9"),
+        (["train", "--model.routr", "smoe"], "routr"),
+        (["train", "--optim.lr", "fast"], "lr"),
+        (["train", "--config", "stage1"], "run.folder"),
+    ],
+)
+def test_wrong_arguments(fails, arguments, expected):
+    assert expected in fails(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model.router", "smore"], "smore"),
+        (["--model.num_experts", "2", "--model.top_k", "3"], "3"),
+        (["--model.targets", "[language]"], "language"),
+        (["--model.router_options", "{heat: 2}"], "heat"),
+        (["--optim.lr", "-1"], "optim.lr is -1"),
+    ],
+)
+def test_wrong_moe_options_are_refused_before_anything_is_loaded(fails, tmp_path, options, expected):
+    basics = ["--model.path", tmp_path, "--data.file", tmp_path / "x.json", "--run.folder", tmp_path / "run"]
+    assert expected in fails("train", "--config", "stage3", *basics, *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_config_files(fails, tmp_path):
+    file = tmp_path / "mine.yaml"
+    for text, expected in (("model: {routr: smoe}", "routr"), ("model: [", "mine.yaml"), ("optim: {lr: fast}", "lr")):
+        file.write_text(text)
+        assert expected in fails("train", "--config", file)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ([], "no task given"),
+        (["digit", "Hallusion"], "OPENAI_API_KEY is not set"),
+        (["mathvista_testmini_format"], "OPENAI_API_KEY is not set"),
+        (["digits_digt"], "did you mean digits_digit"),
+    ],
+)
+def test_tasks_that_cannot_run_are_refused(fails, checkpoints, digits, monkeypatch, tasks, expected):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("API_TYPE", raising=False)
+    named = ["--tasks", *tasks] if tasks else []
+    assert expected in fails("evaluate", checkpoints / "smoe" / "final", *named, "--include_path", digits.tasks)
+
+
+def test_a_benchmark_that_cannot_be_downloaded(fails, checkpoints, monkeypatch, tmp_path):
+    """lmms-eval's own error would be 100 lines; offline here, so that nothing is tried."""
+    import datasets.config
+    import tenacity.nap
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(tenacity.nap, "time", types.SimpleNamespace(sleep=lambda _: None))
+    line = fails("evaluate", checkpoints / "smoe" / "final", "--tasks", "POPE", "--out", tmp_path)
+    assert "lmms-eval gave up on pope" in line
+    assert "hf auth login" in line
+
+
+def test_missing_task_folder(fails, checkpoints):
+    command = ["evaluate", checkpoints / "smoe" / "final", "--tasks", "x", "--include_path", "nowhere"]
+    assert "no folder nowhere" in fails(*command)
+
+
+def test_folders_that_are_no_checkpoint(fails, checkpoints, tmp_path):
+    assert "is not a checkpoint" in fails("evaluate", tmp_path, "--tasks", "digit")
+    assert "did you mean" in fails("evaluate", checkpoints / "smoe", "--tasks", "digit")
+    (tmp_path / "config.json").write_text("{}")
+    assert "no weights" in fails("evaluate", tmp_path, "--tasks", "digit")
+
+
+def test_truncated_checkpoint(fails, checkpoints, digits, tmp_path):
+    for file in (checkpoints / "smoe" / "final").iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    line = fails("evaluate", tmp_path, "--tasks", "digit", "--include_path", digits.tasks)
+    assert "truncated" in line
+    assert not (tmp_path.parent / "eval").exists()
+
+
+def test_a_full_disk_is_one_line(fails, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "results.json")
+
+    monkeypatch.setattr("libmoe_fast.analysis.report.make_report", full)
+    assert "cannot write results.json: No space left" in fails("report", "x")
+
+
+def test_an_error_in_the_program_is_not_hidden(monkeypatch):
+    def broken(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x")
+
+    monkeypatch.setattr("libmoe_fast.analysis.report.make_report", broken)
+    with pytest.raises(FileNotFoundError):
+        main(["report", "x"])
+
+
+def test_interruption_is_130(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt("saved at step 7")
+
+    monkeypatch.setattr("libmoe_fast.analysis.report.make_report", interrupt)
+    assert main(["report", "x"]) == 130
+    assert "saved at step 7" in capsys.readouterr().err
+
+
+def test_doctor_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["reference"]["usable"]
+
+
+@pytest.fixture
+def trained_with(monkeypatch):
+    """Runs `train` with the loop replaced; returns the config the loop would have got."""
+
+    def run(*arguments):
+        seen = []
+        monkeypatch.setattr("libmoe_fast.train.loop.train", seen.append)
+        basics = ["--model.path", "m", "--data.file", "d.json", "--run.folder", "r"]
+        assert main(["train", *map(str, arguments), *basics]) == 0
+        return seen[0]
+
+    return run
+
+
+def test_config_files_merge_in_order_and_options_win(trained_with, tmp_path):
+    for name, options in (("a", {"lr": 0.5, "epochs": 5, "batch_size": 3}), ("b", {"lr": 0.25, "epochs": 7})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"optim": options}))
+    config = trained_with("--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml", "--optim.epochs", "9")
+    assert (config.optim.batch_size, config.optim.lr, config.optim.epochs) == (3, 0.25, 9)
+
+
+@pytest.mark.parametrize("form", [["--config", "stage3"], ["--config=stage3"]])
+def test_presets_by_name(trained_with, form):
+    assert trained_with(*form).model.stage == 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"\n  libmoe-fast {command}" in capsys.readouterr().out
+
+
+def test_help_and_no_command_list_the_commands(capsys):
+    assert main([]) == 2
+    listing = capsys.readouterr().out
+    assert all(f"\n    {command} " in listing for command in COMMANDS)
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("transformers", "deepspeed", "lmms_eval", "matplotlib", "datasets")
+    code = (
+        "import sys; from libmoe_fast.cli import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        f"sys.exit([m for m in {heavy} if m in sys.modules] or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--optim.lr" in done.stdout
