@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from libmoe_fast.errors import CheckpointError
+from libmoe_fast.files import sync, sync_tree
 from libmoe_fast.layer import MoE
 from libmoe_fast.upcycle import install, moe_layers
 
@@ -202,8 +203,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-        for path in (*partial.rglob("*"), partial):
-            fsync(path)
+        sync_tree(partial)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -212,22 +212,13 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(folder)
-        fsync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "the disk is full: free some space and run again" if full else _first_line(error)
         raise CheckpointError(f"{folder} could not be saved, the previous content survives; {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    """Forces a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _installed_transformers() -> str | None:

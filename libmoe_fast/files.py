@@ -1,4 +1,4 @@
-"""Writing small files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, whenever the writer is killed."""
 
 from __future__ import annotations
 
@@ -20,3 +20,18 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Forces a folder and all that is in it to disk: only then may it be given its final name."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)

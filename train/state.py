@@ -10,7 +10,6 @@ renamed, so a run killed at any moment finds its last whole checkpoint.
 """
 
 import fcntl
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from libmoe_fast.checkpoint import save_model
 from libmoe_fast.errors import CheckpointError, ConfigError
-from libmoe_fast.files import write_atomically
+from libmoe_fast.files import sync, sync_tree, write_atomically
 from libmoe_fast.train.config import HARMLESS, TrainConfig, flatten, plain
 
 # torch's zip writer reports a full disk as a RuntimeError with one of these.
@@ -164,18 +163,9 @@ def disk_errors(what: str, *, partial: Path | None = None) -> Iterator[None]:
 
 def publish(partial: Path, whole: Path) -> None:
     """Gives a folder its final name once all of it is on the disk."""
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+    sync_tree(partial)
     partial.rename(whole)
-    _sync(whole.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(whole.parent)
 
 
 def _remove(path: Path) -> None:

@@ -235,7 +235,7 @@ def no_space(monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(state, "_sync", refuse)
+    monkeypatch.setattr(state, "sync_tree", refuse)
 
 
 @pytest.mark.parametrize("disaster", [full_disk, no_space])
