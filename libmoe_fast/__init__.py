@@ -3,6 +3,7 @@
 from libmoe_fast.checkpoint import load_model, save_model
 from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, DataError, LibMoEError
 from libmoe_fast.experts import Experts
+from libmoe_fast.huggingface import register_transformers
 from libmoe_fast.layer import MoE
 from libmoe_fast.ops import available_backends
 from libmoe_fast.routers import ROUTERS, Router, build_router, register_router
@@ -39,6 +40,7 @@ __all__ = [
     "moe_layers",
     "record_routing",
     "register_router",
+    "register_transformers",
     "save_model",
     "scale_aux_loss",
     "set_training_progress",

@@ -83,9 +83,7 @@ class Experts(nn.Module):
         tensors = (self.w1, self.b1, self.w2, self.b2)
         if x.dtype != self.w1.dtype:  # under autocast, as nn.Linear does
             tensors = (None if t is None else t.to(x.dtype) for t in tensors)
-        return ops.experts(
-            x, routing.weights, routing.index, *tensors, activation=self.activation, gated=self.gated, backend=backend
-        )
+        return ops.experts(x, routing, *tensors, activation=self.activation, gated=self.gated, backend=backend)
 
     def extra_repr(self) -> str:
         shape = f"{self.in_features} -> {self.hidden_features} -> {self.out_features}"

@@ -7,17 +7,16 @@ weights (ops.attach_aux_loss), so training code that only knows `loss.backward()
 """
 
 import contextlib
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from libmoe_fast import losses, ops
+from libmoe_fast import ops
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.experts import Experts
 from libmoe_fast.routers import build_router
-from libmoe_fast.spec import Routing, check_choice
+from libmoe_fast.spec import LossOptions, Routing, check_choice
 
 
 class MoE(nn.Module):
@@ -128,19 +127,22 @@ class MoE(nn.Module):
 
         Raises ConfigError when the last dimension is not D, or the dtype is not the experts'.
         """
-        backend = ops.choose_backend(self.backend, x.device)
-        with autocast_dtype(x) as dtype:
-            self._check(x, dtype)
+        dtype = autocast_dtype(x) or x.dtype
+        self._check(x)
+        with autocast_off(x):  # routing stays in float32, as written
+            backend = ops.choose_backend(self.backend, x.device, dtype)
             tokens = x.reshape(-1, x.shape[-1])  # [T, D]
-            routing = self.router(tokens, backend)
-            aux_loss = self._aux_loss(routing, x.shape) if self.training and self.aux_mode != "off" else None
-            if aux_loss is not None and self.aux_mode == "attach" and torch.is_grad_enabled():
-                routing = routing._replace(weights=ops.attach_aux_loss(routing.weights, aux_loss, self.aux_scale))
+            loss_options = self._loss_options(x.shape)
+            routing = self.router(tokens, backend=backend, loss_options=loss_options)
+            if loss_options is not None:
+                routing = ops.with_losses(routing, loss_options, self.router.spec)
+                self._log(routing)
             self._record(routing, x.shape)
             y = self.experts(tokens.to(dtype), routing, backend)  # [T, O]
         y = y.view(*x.shape[:-1], y.shape[-1])
         if self.aux_mode == "return":
-            return y, routing.probs.new_zeros(()) if aux_loss is None else aux_loss
+            total = None if routing.aux is None else routing.aux.total
+            return y, routing.probs.new_zeros(()) if total is None else total
         return y
 
     def clear_statistics(self) -> None:
@@ -167,34 +169,37 @@ class MoE(nn.Module):
             "balance_scope": self.balance_scope,
         }
 
-    def _check(self, x: Tensor, dtype: torch.dtype) -> None:
+    def _check(self, x: Tensor) -> None:
         if x.shape[-1] != self.experts.in_features:
             raise ConfigError(
                 f"tokens have shape {tuple(x.shape)}, but this MoE takes [..., D] with D = {self.experts.in_features}"
             )
-        if dtype is x.dtype and dtype != self.experts.w1.dtype:
+        if autocast_dtype(x) is None and x.dtype != self.experts.w1.dtype:
             raise ConfigError(
                 f"tokens are {x.dtype}, but the experts are {self.experts.w1.dtype}; "
                 "cast one of them, or run under torch.autocast"
             )
 
-    def _aux_loss(self, routing: Routing, shape: torch.Size) -> Tensor | None:
-        """balance_coef * balance + z_coef * z, and what is logged of it; None for a router without one."""
-        hits = routing.index.unsqueeze(-1) == torch.arange(self.experts.num_experts, device=routing.index.device)
-        self.last_expert_share = hits.sum((0, 1)) / max(routing.index.numel(), 1)  # [N]
-        if not self.router.spec.aux:
+    def _loss_options(self, shape: torch.Size) -> LossOptions | None:
+        if not self.training or self.aux_mode == "off":
             return None
-        sequences = shape[:-2].numel() if self.balance_scope == "sequence" else 1
-        balance = losses.balance_loss(routing.probs, routing.index, sequences=sequences, over=self.balance_over)
-        z = losses.z_loss(routing.logits)
-        aux_loss = self.balance_coef * balance + self.z_coef * z
-        self.balance_loss, self.z_loss, self.aux_loss = balance.detach(), z.detach(), aux_loss.detach()
-        return aux_loss
+        attach = self.aux_mode == "attach" and torch.is_grad_enabled()
+        return LossOptions(
+            balance_coef=self.balance_coef,
+            z_coef=self.z_coef,
+            sequences=max(shape[:-2].numel(), 1) if self.balance_scope == "sequence" else 1,
+            over=self.balance_over,
+            aux_scale=self.aux_scale if attach else None,
+        )
+
+    def _log(self, routing: Routing) -> None:
+        values = (None if value is None else value.detach() for value in routing.aux)
+        self.aux_loss, self.balance_loss, self.z_loss, self.last_expert_share = values
 
     def _record(self, routing: Routing, shape: torch.Size) -> None:
         """Appends the detached routing, with the leading shape of x. Recomputation in backward is not a new forward."""
         if self._records is not None and torch._C._current_graph_task_id() == -1:
-            self._records.append(Routing(*(t.detach().view(*shape[:-1], t.shape[-1]) for t in routing)))
+            self._records.append(Routing(*(t.detach().view(*shape[:-1], t.shape[-1]) for t in routing[:4])))
 
     def reset_aux_scale(self) -> None:
         """Back to 1, where the weights are. float32 whatever the model is: it holds fp16 loss scales."""
@@ -206,12 +211,11 @@ class MoE(nn.Module):
         return self
 
 
-@contextlib.contextmanager
-def autocast_dtype(x: Tensor) -> Iterator[torch.dtype]:
-    """The dtype that experts run in, with autocast off inside: routing stays in float32, as written."""
-    if not (x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)):
-        yield x.dtype
-        return
-    dtype = torch.get_autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        yield dtype
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast gives linear layers on the device of x; None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
+def autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)

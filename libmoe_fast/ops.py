@@ -1,26 +1,30 @@
-"""torch.library ops, their autograd, and the choice of backend.
+"""The two halves of a layer, the auxiliary loss between them, and the choice of backend.
 
 Backends are chosen per call: the `backend` argument, else LIBMOE_FAST_BACKEND, else the fastest that works on the
 tensors' device. One asked for by name that cannot work is an error, never another backend.
 
     reference   plain PyTorch (reference.py), anywhere
-    cpu         C++ token permutation and grouped expert GEMMs, on CPU tensors
+    cpu         C++ token permutation and grouped expert GEMMs (cpu_backend.py), on CPU tensors
+    triton      fused routing and grouped GEMMs (kernels/, triton_backend.py), on CUDA and ROCm, and in the interpreter
 """
 
+import importlib.util
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from libmoe_fast import extension, grouped_mlp, reference
+from libmoe_fast import cpu_backend, extension, losses, reference
 from libmoe_fast.errors import BackendError
-from libmoe_fast.spec import Routing
+from libmoe_fast.spec import AuxLosses, LossOptions, RouterSpec, Routing
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "LIBMOE_FAST_BACKEND"
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _extension = extension.load()
+_triton_installed = importlib.util.find_spec("triton") is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -29,20 +33,45 @@ _extension = extension.load()
 
 def available_backends() -> dict[str, str | None]:
     """Every backend -> None where it works here, else what is missing and how to get it."""
-    return {"reference": None, "cpu": None if _extension.loaded else f"{_extension.reason}; {_extension.hint}"}
+    return {
+        "reference": None,
+        "cpu": None if _extension.loaded else f"{_extension.reason}; {_extension.hint}",
+        "triton": _triton_missing(),
+    }
 
 
-def choose_backend(requested: str | None, device: torch.device) -> str:
+def _triton_missing() -> str | None:
+    if not _triton_installed:
+        return "triton is not installed; pip install triton"
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return "there is no GPU; run on one, or set TRITON_INTERPRET=1 before Python starts to debug the kernels on the CPU"
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose_backend(requested: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend for tensors on `device`. Raises BackendError if the one asked for is unknown or cannot work."""
     name = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if name is None:
-        return "cpu" if device.type == "cpu" and _extension.loaded else "reference"
+        if device.type == "cpu" and _extension.loaded:
+            return "cpu"
+        fused = device.type == "cuda" and dtype in TRITON_DTYPES and _triton_installed
+        return "triton" if fused else "reference"
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if reason := available_backends()[name]:
         raise BackendError(f"backend {name!r} is not usable here: {reason}")
-    if name == "cpu" and device.type not in ("cpu", "meta"):
-        raise BackendError(f"backend 'cpu' was asked for, but the tokens are on {device}; move them, or choose another")
+    here = {"reference": device.type, "cpu": "cpu", "triton": "cpu" if interpreted() else "cuda"}[name]
+    if device.type not in (here, "meta"):
+        raise BackendError(
+            f"backend {name!r} was asked for, but the tokens are on {device}; move them, or choose another"
+        )
+    if name == "triton" and dtype not in TRITON_DTYPES:
+        raise BackendError(f"backend 'triton' takes bfloat16, float16 and float32, but the tokens are {dtype}")
     return name
 
 
@@ -50,16 +79,49 @@ def choose_backend(requested: str | None, device: torch.device) -> str:
 # The two halves of a layer
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None, **options) -> Routing:
-    """Chooses experts for tokens x [T, D]; arguments and result as in `reference.route`."""
-    choose_backend(backend, x.device)
-    return reference.route(x, weight, bias, **options)
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    spec: RouterSpec,
+    temperature: Tensor | float = 1.0,
+    noise: Tensor | None = None,
+    noise_weight: Tensor | None = None,
+    loss_options: LossOptions | None = None,
+    backend: str | None = None,
+) -> Routing:
+    """Chooses experts for tokens x [T, D]; arguments and result as in `reference.route`.
+
+    A fused backend also makes the auxiliary losses that `loss_options` asks for, and the dispatch; see `with_losses`.
+    """
+    if choose_backend(backend, x.device, x.dtype) == "triton" and x.shape[0] > 0:
+        from libmoe_fast import triton_backend
+
+        return triton_backend.route(x, weight, bias, spec, temperature, noise, noise_weight, loss_options)
+    return reference.route(x, weight, bias, spec=spec, temperature=temperature, noise=noise, noise_weight=noise_weight)
+
+
+def with_losses(routing: Routing, options: LossOptions, spec: RouterSpec) -> Routing:
+    """Adds the auxiliary losses to a routing that does not have them yet, attached if `options` say so."""
+    if routing.aux is not None:
+        return routing
+    hits = routing.index.unsqueeze(-1) == torch.arange(spec.num_experts, device=routing.index.device)  # [T, K, N]
+    share = hits.sum((0, 1)) / max(routing.index.numel(), 1)  # [N]
+    if not spec.aux:
+        return routing._replace(aux=AuxLosses(None, None, None, share))
+    balance = losses.balance_loss(routing.probs, routing.index, sequences=options.sequences, over=options.over)
+    z = losses.z_loss(routing.logits)
+    total = options.balance_coef * balance + options.z_coef * z
+    weights = routing.weights
+    if options.aux_scale is not None:
+        weights = attach_aux_loss(weights, total, options.aux_scale)
+    return routing._replace(weights=weights, aux=AuxLosses(total, balance, z, share))
 
 
 def experts(
     x: Tensor,
-    weights: Tensor,
-    index: Tensor,
+    routing: Routing,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
@@ -69,162 +131,21 @@ def experts(
     gated: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Runs the chosen experts, y [T, O]; arguments as in `reference.experts`. Dropless, deterministic."""
-    if choose_backend(backend, x.device) == "reference":
-        return reference.experts(x, weights, index, w1, b1, w2, b2, activation=activation, gated=gated)
-    order, inverse, offsets = torch.ops.libmoe_fast.permute_index(index, w1.shape[0])
-    y, _ = grouped_mlp_op(x, weights, order, inverse, offsets, w1, b1, w2, b2, activation, gated)
-    return y
+    """Runs the chosen experts, y [T, O]; weights as in `reference.experts`. Dropless, deterministic."""
+    backend = choose_backend(backend, x.device, x.dtype)
+    options = {"activation": activation, "gated": gated}
+    if backend == "triton" and x.shape[0] > 0:
+        from libmoe_fast import triton_backend
+
+        return triton_backend.experts(x, routing, w1, b1, w2, b2, **options)
+    function = cpu_backend.experts if backend == "cpu" else reference.experts
+    return function(x, routing.weights, routing.index, w1, b1, w2, b2, **options)
 
 
 def float_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in float32 (float64 for float64), whatever the dtypes: routers never round on the way to a choice."""
     dtype = reference.accumulation_dtype(x.dtype)
     return F.linear(x.to(dtype), weight.to(dtype))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Token permutation (csrc/): fakes and autograd. Schemas and shapes are documented there.
-#
-# gather and weighted_scatter are each other's transpose, so each one's backward is the other.
-
-
-def _permute_index_fake(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    flat = index.new_empty(index.numel())
-    return flat, torch.empty_like(flat), index.new_empty(num_experts + 1)
-
-
-def _gather_fake(x: Tensor, order: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
-    return x.new_empty(order.shape[0], x.shape[1])
-
-
-def _weighted_scatter_fake(y: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
-    return y.new_empty(inverse.shape[0] // top_k, y.shape[1])
-
-
-def _row_dot_fake(a: Tensor, b: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    return a.new_empty((inverse.shape[0] // top_k, top_k), dtype=reference.accumulation_dtype(a.dtype))
-
-
-def _invert(permutation: Tensor) -> Tensor:
-    """order <-> inverse, so that an op needs only one of them saved."""
-    positions = torch.arange(permutation.shape[0], device=permutation.device)
-    return torch.empty_like(permutation).scatter_(0, permutation, positions)
-
-
-def _permutation_setup(ctx, inputs, output) -> None:
-    rows, permutation, ctx.top_k, weights = inputs
-    ctx.save_for_backward(rows, permutation, weights)
-
-
-def _gather_backward(ctx, grad: Tensor):
-    x, order, weights = ctx.saved_tensors
-    inverse = _invert(order)
-    dx = torch.ops.libmoe_fast.weighted_scatter(grad, inverse, ctx.top_k, weights)
-    dweights = None
-    if weights is not None and ctx.needs_input_grad[3]:
-        dweights = torch.ops.libmoe_fast.row_dot(grad, x, inverse, ctx.top_k).to(weights.dtype)
-    return dx, None, None, dweights
-
-
-def _weighted_scatter_backward(ctx, grad: Tensor):
-    y, inverse, weights = ctx.saved_tensors
-    dy = torch.ops.libmoe_fast.gather(grad, _invert(inverse), ctx.top_k, weights)
-    dweights = None
-    if weights is not None and ctx.needs_input_grad[3]:
-        dweights = torch.ops.libmoe_fast.row_dot(y, grad, inverse, ctx.top_k).to(weights.dtype)
-    return dy, None, None, dweights
-
-
-if _extension.loaded:
-    torch.library.register_fake("libmoe_fast::permute_index", _permute_index_fake)
-    torch.library.register_fake("libmoe_fast::gather", _gather_fake)
-    torch.library.register_fake("libmoe_fast::weighted_scatter", _weighted_scatter_fake)
-    torch.library.register_fake("libmoe_fast::row_dot", _row_dot_fake)
-    torch.library.register_autograd("libmoe_fast::gather", _gather_backward, setup_context=_permutation_setup)
-    torch.library.register_autograd(
-        "libmoe_fast::weighted_scatter", _weighted_scatter_backward, setup_context=_permutation_setup
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grouped experts (grouped_mlp.py) as ops, so that a compiled graph sees no per-expert loop and no host sync
-
-
-@torch.library.custom_op("libmoe_fast::grouped_mlp", mutates_args=(), device_types="cpu")
-def grouped_mlp_op(
-    x: Tensor,
-    weights: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-    gated: bool,
-) -> tuple[Tensor, Tensor]:
-    return grouped_mlp.forward(x, weights, order, inverse, offsets, w1, b1, w2, b2, activation, gated)
-
-
-@grouped_mlp_op.register_fake
-def _(x, weights, order, inverse, offsets, w1, b1, w2, b2, activation, gated):
-    return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(order.shape[0], w1.shape[1])
-
-
-@torch.library.custom_op("libmoe_fast::grouped_mlp_backward", mutates_args=(), device_types="cpu")
-def grouped_mlp_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    z: Tensor,
-    activation: str,
-    gated: bool,
-    weight_grads: bool,
-) -> list[Tensor]:
-    return grouped_mlp.backward(
-        dy, x, weights, order, inverse, offsets, w1, b1, w2, b2, z, activation, gated, weight_grads
-    )
-
-
-@grouped_mlp_backward_op.register_fake
-def _(dy, x, weights, order, inverse, offsets, w1, b1, w2, b2, z, activation, gated, weight_grads):
-    params = [p for p in (w1, w2, b1, b2) if p is not None] if weight_grads else []
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights, *params)]
-
-
-def _grouped_mlp_setup(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, ctx.gated = inputs
-    _, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, z)
-
-
-def _grouped_mlp_backward(ctx, dy: Tensor | None, _dz: None):
-    if dy is None:
-        return (None,) * 11
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes on the first read and refuses a second
-    *_, b1, _w2, b2, _z = saved
-    weight_grads = any(ctx.needs_input_grad[5:9])
-    dx, dweights, *grads = grouped_mlp_backward_op(dy, *saved, ctx.activation, ctx.gated, weight_grads)
-    dw1 = dw2 = db1 = db2 = None
-    if weight_grads:
-        dw1, dw2, *biases = grads
-        db1 = biases.pop(0) if b1 is not None else None
-        db2 = biases.pop(0) if b2 is not None else None
-    return dx, dweights, None, None, None, dw1, db1, dw2, db2, None, None
-
-
-grouped_mlp_op.register_autograd(_grouped_mlp_backward, setup_context=_grouped_mlp_setup)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The five routers of LibMoE, each a RouterSpec plus the parameters it learns, and a registry for a sixth.
 
 A router that fits the pipeline of RouterSpec is one small class: declare the spec, hold `weight` (and `bias`), and
-every backend runs it. One that does not overrides `forward` and returns a Routing.
+every backend runs it. One that does not overrides `forward` and returns a Routing. What a layer passes besides the
+tokens (backend, loss options) goes on to ops.route as `context`, unread.
 """
 
 import dataclasses
@@ -89,8 +90,8 @@ class Router(nn.Module):
     def set_progress(self, step: int, total: int) -> None:
         """Tells the router how far training is; only routers with a schedule listen."""
 
-    def forward(self, x: Tensor, backend: str | None = None) -> Routing:
-        return ops.route(x, self.weight, self.bias, spec=self.spec, backend=backend)
+    def forward(self, x: Tensor, **context) -> Routing:
+        return ops.route(x, self.weight, self.bias, spec=self.spec, **context)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.spec.num_experts}, top_k={self.spec.top_k}"
@@ -114,13 +115,11 @@ class SMoERouter(Router):
         else:
             self.register_parameter("noise_weight", None)
 
-    def forward(self, x: Tensor, backend: str | None = None) -> Routing:
+    def forward(self, x: Tensor, **context) -> Routing:
         noise = None
         if self.training and self.spec.noise != "off":
             noise = torch.randn(x.shape[0], self.spec.num_experts, device=x.device, dtype=torch.float32)  # [T, N]
-        return ops.route(
-            x, self.weight, None, spec=self.spec, noise=noise, noise_weight=self.noise_weight, backend=backend
-        )
+        return ops.route(x, self.weight, None, spec=self.spec, noise=noise, noise_weight=self.noise_weight, **context)
 
 
 @register_router("cosine")
@@ -161,11 +160,11 @@ class CosineRouter(Router):
         else:
             self.register_parameter("log_temperature", None)
 
-    def forward(self, x: Tensor, backend: str | None = None) -> Routing:
+    def forward(self, x: Tensor, **context) -> Routing:
         if self.projection is not None:
             x = ops.float_linear(x, self.projection.weight)  # [T, proj_dim]
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()
-        return ops.route(x, self.weight, self.bias, spec=self.spec, temperature=temperature, backend=backend)
+        return ops.route(x, self.weight, self.bias, spec=self.spec, temperature=temperature, **context)
 
 
 @register_router("perturbed_cosine")
@@ -228,10 +227,10 @@ class HyperRouter(Router):
         done = min(max(step / max(total, 1), 0.0), 1.0)
         self.training_top_k = round((self.spec.top_k - 1) * done) + 1
 
-    def forward(self, x: Tensor, backend: str | None = None) -> Routing:
+    def forward(self, x: Tensor, **context) -> Routing:
         weight, bias = self.hypernet(self.embedding)
         spec = self.schedule[self.training_top_k - 1] if self.training else self.spec
-        return ops.route(x, weight, bias, spec=spec, backend=backend)
+        return ops.route(x, weight, bias, spec=spec, **context)
 
 
 class Hypernetwork(nn.Module):

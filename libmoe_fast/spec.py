@@ -3,7 +3,8 @@
 score -> probability p -> selection score s -> top-K of s (ties: lowest index) -> gate weights w
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
@@ -35,6 +36,8 @@ class RouterSpec:
     noise: Literal["off", "gaussian", "learned"] = "off"
     noise_std: float = 0.0
     aux: bool = True
+    # As an argument of a torch op, which takes no dataclass; made once, since torch.compile does not trace json.
+    encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -43,11 +46,12 @@ class RouterSpec:
             raise ConfigError(
                 f"top_k is {self.top_k} with num_experts {self.num_experts}; choose 1 <= top_k <= num_experts"
             )
-        for field, hint in get_type_hints(type(self)).items():
+        for name, hint in get_type_hints(type(self)).items():
             if choices := get_args(hint):
-                check_choice(field, getattr(self, field), choices)
+                check_choice(name, getattr(self, name), choices)
         if self.tau < 0 or self.noise_std < 0:
             raise ConfigError(f"tau is {self.tau} and noise_std {self.noise_std}; neither may be negative")
+        object.__setattr__(self, "encoded", json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.init}))
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -55,19 +59,67 @@ class RouterSpec:
         return self.gate != "none"
 
 
+class Dispatch(NamedTuple):
+    """The T*K choices sorted by expert (stable): choice t*K + k is token t's k-th expert.
+
+    order    [T*K] int64   sorted position -> choice
+    inverse  [T*K] int64   choice -> sorted position
+    offsets  [N+1] int64   expert e owns sorted positions offsets[e]:offsets[e+1]
+    rows     [T*K, D]      stands for the tokens in sorted order. No memory behind it: experts gather from x in the
+                           load, and only its gradient is real, which lets routing's backward sum over K. Or None
+    tokens                 the x that `rows` stands for
+    """
+
+    order: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    rows: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class AuxLosses(NamedTuple):
+    """Auxiliary losses of one forward: scalars, None for a router without them; share [N] of the T*K choices."""
+
+    total: Tensor | None  # balance_coef * balance + z_coef * z
+    balance: Tensor | None
+    z: Tensor | None
+    share: Tensor
+
+
 class Routing(NamedTuple):
-    """Where every token goes. T tokens may keep their leading shape [..., T] in records.
+    """Where every token goes. T tokens keep their leading shape in records.
 
     index    [T, K] int64   chosen experts, best first
     weights  [T, K] float32 gate weights (float64 for float64 tokens)
     probs    [T, N] float32 p, before any selection bias
     logits   [T, N] float32 what the z-loss is taken of: the scores (their sigmoids where p is made of those)
+    aux, dispatch           what a backend's fused routing made along the way, else None
+
+    probs and logits are for losses and records; experts need only index and weights. Fused backends make the losses
+    themselves and give probs and logits no gradient: a router that trains on them takes `reference.route`.
     """
 
     index: Tensor
     weights: Tensor
-    probs: Tensor
-    logits: Tensor
+    probs: Tensor | None = None
+    logits: Tensor | None = None
+    aux: AuxLosses | None = None
+    dispatch: Dispatch | None = None
+
+
+class LossOptions(NamedTuple):
+    """What a forward wants of the auxiliary losses.
+
+    sequences    how many equally long sequences the tokens are, for the balance loss
+    over         "top1" or "topk": which choices the balance loss counts
+    aux_scale    scalar float32: attach the loss to the gate weights, scaled by this in backward; None does not attach
+    """
+
+    balance_coef: float
+    z_coef: float
+    sequences: int = 1
+    over: str = "top1"
+    aux_scale: Tensor | None = None
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:

@@ -1,0 +1,1 @@
+"""Triton kernels of the layer; dispatch.py and experts.py launch them on plain tensors."""

@@ -1,0 +1,345 @@
+"""The GPU compile gate: every kernel, for every architecture, without a GPU.
+
+    python -m libmoe_fast.kernels.aot [--arch sm90] [--shape CLIP-L] [--markdown | --summary]
+
+The launches that a layer makes are observed, not run, and each is compiled ahead of time with all its tiles. The table
+says what came out: registers, spilled bytes, shared memory, occupancy, tensor-core instructions and TMA loads. Exit
+code 1 on any spill, a GEMM without tensor-core instructions, shared memory over the chip's limit, or a weight that an
+architecture with TMA does not read through it.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .primitives import INTERPRETED
+from .run import Launch, fitted
+from .shapes import SHAPES, SPECS, Shape, layer_launches
+from .tiles import DESCRIPTOR_ARCHITECTURES, TILES, WEIGHTS
+
+KIB = 1024
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Limits of an architecture, from the vendors' programming guides. registers, shared memory: per multiprocessor."""
+
+    target: GPUTarget
+    shared_per_block: int
+    shared: int
+    registers: int = 65536
+    threads: int = 2048
+    tensor_core: str  # pattern of its instructions in the machine code
+
+
+CHIPS = {
+    "sm80": Chip(
+        target=GPUTarget("cuda", 80, 32), shared_per_block=163 * KIB, shared=164 * KIB, tensor_core=r"\bHMMA\b"
+    ),
+    "sm90": Chip(
+        target=GPUTarget("cuda", 90, 32), shared_per_block=227 * KIB, shared=228 * KIB, tensor_core=r"\bHGMMA\b"
+    ),
+    "sm100": Chip(
+        target=GPUTarget("cuda", 100, 32), shared_per_block=227 * KIB, shared=228 * KIB, tensor_core=r"\bUTC\w*MMA\b"
+    ),
+    "gfx942": Chip(
+        target=GPUTarget("hip", "gfx942", 64),
+        shared_per_block=64 * KIB,
+        shared=64 * KIB,
+        registers=131072,
+        tensor_core=r"\bv_mfma",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One compilation: plain data, so that it can cross to a worker process. source: see `job`."""
+
+    kernel: str
+    shape: str
+    router: str
+    arch: str
+    gemm: bool
+    descriptor: bool
+    tile: str
+    signature: dict[str, str]
+    constants: dict[str, object]
+    aligned: tuple[str, ...]
+    warps: int
+    stages: int
+    module: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a compilation came to."""
+
+    job: Job
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    occupancy: float = 0.0
+    tensor_core: int = 0
+    tma: int = 0
+    error: str = ""
+
+    @property
+    def failures(self) -> list[str]:
+        if self.error:
+            return [self.error]
+        limit = CHIPS[self.job.arch].shared_per_block
+        found = {
+            f"spills {self.spilled} bytes": self.spilled > 0,
+            "no tensor-core instruction": self.job.gemm and self.tensor_core == 0,
+            f"shared memory {self.shared} over {limit}": self.shared > limit,
+            "no TMA load": self.job.descriptor and self.tma == 0,
+        }
+        return [failure for failure, failed in found.items() if failed]
+
+
+def jobs(architectures: list[str], shapes: list[Shape]) -> Iterator[Job]:
+    """Every compilation the gate makes: all kernels and tiles for all shapes; all routers for the first shape."""
+    for arch in architectures:
+        for shape in shapes:
+            for router in SPECS if shape is shapes[0] else ("smoe",):
+                for launch in layer_launches(shape, arch, router):
+                    if router == "smoe" or launch.gemm is None:
+                        yield from launch_jobs(launch, arch, shape.name, router)
+
+
+def launch_jobs(launch: Launch, arch: str, shape: str, router: str) -> Iterator[Job]:
+    if launch.gemm is None:
+        yield job(launch, arch, shape, router, {}, launch.args.get("num_warps", 4), 3, "")
+        return
+    for tile in TILES[arch][launch.gemm]:
+        meta = tile.meta(launch.itemsize)
+        meta |= fitted(launch.args | meta, launch.gemm)
+        name = f"{tile.BM}x{tile.BN}x{meta['BK']} w{tile.warps} s{tile.stages}"
+        yield job(launch, arch, shape, router, meta, tile.warps, tile.stages, name)
+
+
+def job(launch: Launch, arch: str, shape: str, router: str, meta: dict, warps: int, stages: int, tile: str) -> Job:
+    """A launch as Triton's just-in-time compiler would specialise it: its arguments' types, constants, alignments."""
+    args = {k: v for k, v in launch.args.items() if k not in ("num_warps", "num_stages")} | meta
+    constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
+    signature, constants, aligned = {}, {}, []
+    for name in launch.kernel.arg_names:
+        value = args[name]
+        if (
+            name in constexprs
+            or value is None
+            or (isinstance(value, int) and value == 1 and not isinstance(value, bool))
+        ):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = argument_type(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned.append(name)
+    return Job(
+        kernel=launch.name,
+        shape=shape,
+        router=router,
+        arch=arch,
+        gemm=launch.gemm is not None,
+        descriptor=launch.gemm in WEIGHTS and arch in DESCRIPTOR_ARCHITECTURES,
+        tile=tile,
+        signature=signature,
+        constants=constants,
+        aligned=tuple(aligned),
+        warps=warps,
+        stages=stages,
+        module=launch.kernel.fn.__module__,
+    )
+
+
+def argument_type(value) -> str:
+    types = {
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+        torch.float32: "fp32",
+        torch.int32: "i32",
+        torch.int64: "i64",
+    }
+    if isinstance(value, torch.Tensor):
+        return f"*{types[value.dtype]}"
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{types[value.base.dtype]}{list(value.block_shape)}>"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_job(job: Job) -> Row:
+    """Compiles one job and reads the machine code. A compiler's failure is a row that says so."""
+    module = sys.modules[job.module] if job.module in sys.modules else __import__(job.module, fromlist=["_"])
+    kernel = getattr(module, f"{job.kernel}_kernel")
+    position = {name: kernel.arg_names.index(name) for name in kernel.arg_names}
+    source = ASTSource(
+        fn=kernel,
+        signature=job.signature,
+        constexprs={(position[name],): value for name, value in job.constants.items()},
+        attrs={(position[name],): [["tt.divisibility", 16]] for name in job.aligned},
+    )
+    chip = CHIPS[job.arch]
+    try:
+        compiled = triton.compile(
+            source, target=chip.target, options={"num_warps": job.warps, "num_stages": job.stages}
+        )
+        read = read_hip if chip.target.backend == "hip" else read_cuda
+        return read(job, chip, compiled)
+    # Triton's passes raise many kinds of errors; the gate reports them all as what they are.
+    except Exception as error:
+        return Row(job=job, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}")
+
+
+def read_cuda(job: Job, chip: Chip, compiled) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        code = run_tool("nvdisasm", "-c", file.name)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    # Spills are stores and loads of local memory; a stack frame that nothing touches costs nothing.
+    spilled = 4 * len(re.findall(r"\bST[L]\b|\bLDL\b", code))
+    return Row(
+        job=job,
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        occupancy=occupancy(chip, registers, compiled.metadata.shared, job.warps * 32),
+        tensor_core=len(re.findall(chip.tensor_core, code)),
+        tma=len(re.findall(r"\bUTMALDG\b", code)),
+    )
+
+
+def read_hip(job: Job, chip: Chip, compiled) -> Row:
+    code = compiled.asm["amdgcn"]
+
+    def metadata(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", code)[1])
+
+    registers = metadata("vgpr_count")
+    return Row(
+        job=job,
+        registers=registers,
+        spilled=4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count")),
+        shared=compiled.metadata.shared,
+        occupancy=occupancy(chip, registers, compiled.metadata.shared, job.warps * 64),
+        tensor_core=len(re.findall(chip.tensor_core, code)),
+    )
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """One of the CUDA binary tools that triton ships."""
+    done = subprocess.run([BINARIES / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def occupancy(chip: Chip, registers: int, shared: int, threads: int) -> float:
+    """Share of a multiprocessor's threads that can be resident."""
+    blocks = min(
+        chip.threads // threads,
+        chip.registers // max(registers * threads, 1),
+        chip.shared // max(shared, 1),
+    )
+    return blocks * threads / chip.threads
+
+
+COLUMNS = ("kernel", "shape", "router", "tile", "regs", "spill", "shared", "occup.", "tensor core", "TMA", "")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    job = row.job
+    return (
+        job.kernel,
+        job.shape,
+        job.router,
+        job.tile,
+        str(row.registers),
+        str(row.spilled),
+        f"{row.shared / KIB:.0f}K",
+        f"{row.occupancy:.0%}",
+        str(row.tensor_core) if job.gemm else "",
+        str(row.tma) if job.descriptor else "",
+        "; ".join(row.failures) or "ok",
+    )
+
+
+def print_table(rows: list[Row], markdown: bool) -> None:
+    for arch in dict.fromkeys(row.job.arch for row in rows):
+        table = [COLUMNS, *(cells(row) for row in rows if row.job.arch == arch)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        bar = " | " if markdown else "  "
+        print(f"\n{arch}\n")
+        for i, line in enumerate(table):
+            text = bar.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            print(f"| {text} |" if markdown else text.rstrip())
+            if markdown and i == 0:
+                print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def print_summary(rows: list[Row]) -> None:
+    """A Markdown table kernel x architecture of the first tile of each: what the README shows."""
+    archs = list(dict.fromkeys(row.job.arch for row in rows))
+    print("| kernel | " + " | ".join(archs) + " |")
+    print("|" + "---|" * (len(archs) + 1))
+    for kernel in dict.fromkeys(row.job.kernel for row in rows):
+        firsts = [next(row for row in rows if (row.job.kernel, row.job.arch) == (kernel, arch)) for arch in archs]
+        print(f"| {kernel} | " + " | ".join(map(summary_cell, firsts)) + " |")
+
+
+def summary_cell(row: Row) -> str:
+    if row.error:
+        return "fails"
+    parts = [f"{row.registers} regs", f"{row.spilled} spilled", f"{row.shared / KIB:.0f}K"]
+    if row.job.gemm:
+        parts.append(f"{row.tensor_core} tensor-core")
+    if row.tma:
+        parts.append(f"{row.tma} TMA")
+    return ", ".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m libmoe_fast.kernels.aot",
+        description=__doc__.split("\n\n")[0],
+        epilog="Exit code 1 on any spill, GEMM without tensor cores, or shared memory over the limit.",
+    )
+    parser.add_argument("--arch", choices=CHIPS, nargs="+", default=list(CHIPS), help="architectures (all)")
+    parser.add_argument(
+        "--shape", choices=[s.name for s in SHAPES], nargs="+", default=[s.name for s in SHAPES], help="layers (all)"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    form.add_argument("--summary", action="store_true", help="print one Markdown table: the first tile of each kernel")
+    options = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    from tqdm import tqdm
+
+    work = list(jobs(options.arch, [s for s in SHAPES if s.name in options.shape]))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(tqdm(pool.map(compile_job, work, chunksize=4), total=len(work), desc="Compiling"))
+    if options.summary:
+        print_summary(rows)
+    else:
+        print_table(rows, options.markdown)
+    failed = [row for row in rows if row.failures]
+    print(f"\n{len(rows) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""Dispatch: routing and permutation, forward and backward, on plain tensors.
+
+    dispatch           route, permute                           2 launches
+    dispatch_backward  dx (with the sum over K), dW, their sum  3
+
+Nothing here waits for the device: sizes come from shapes, and what depends on the routing stays in tensors.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from libmoe_fast.spec import RouterSpec
+
+from .permutation import choices_per_step, count_kernel, padded_experts, permute_kernel
+from .routing import route_kernel
+from .routing_backward import route_backward_kernel, router_grad_kernel, router_reduce_kernel
+from .run import run
+
+BLOCK_TOKENS = 32  # tokens per block of the routing kernels
+BLOCK_CHOICES = 256  # choices per block, where another router made them
+FORWARD_STEP, BACKWARD_STEP = 128, 64  # columns of x per step of the routing kernels
+SPLIT_TOKENS = 1024  # tokens per part of the router's weight gradient
+
+
+class Routed(NamedTuple):
+    """What routing keeps for backward. Tensors that a spec has no use for are None."""
+
+    index: Tensor  # [T, K] int64
+    weights: Tensor  # [T, K] float32, as are the following
+    probs: Tensor  # [T, N]
+    logits: Tensor  # [T, N]
+    x_norm: Tensor | None  # [T], tau included
+    w_norm: Tensor | None  # [N]
+    cosines: Tensor | None  # [T, N]
+    noise_scale: Tensor | None  # [T, N]
+
+
+class Permuted(NamedTuple):
+    """The permutation of the T*K choices."""
+
+    order: Tensor  # [T*K] int64
+    inverse: Tensor  # [T*K] int64
+    offsets: Tensor  # [N + 1] int64
+
+
+class LossValues(NamedTuple):
+    """What the loss sums come to, float32."""
+
+    losses: Tensor  # [3]: aux, balance, z
+    share: Tensor  # [N]: share of the choices
+    first_share: Tensor  # [S, N]: f of the balance loss, per sequence
+
+
+class BlockSums(NamedTuple):
+    """What each block of tokens leaves for the permutation to add up."""
+
+    counts: Tensor  # [blocks, N] int32
+    first: Tensor  # [blocks, N] int32
+    prob_sums: Tensor  # [blocks, N] float32
+    z_sums: Tensor  # [blocks] float32
+
+
+class RouterInputs(NamedTuple):
+    """What scores are made of. A None is an option that the spec does not use."""
+
+    x: Tensor  # [T, D]
+    w: Tensor  # [N, D]
+    bias: Tensor | None = None  # [N]
+    noise: Tensor | None = None  # [T, N] float32
+    noise_w: Tensor | None = None  # [N, D]
+    temperature: Tensor | None = None  # [], a learned one
+
+
+def pointers(tensors: NamedTuple) -> dict[str, Tensor | None]:
+    """Fields as a kernel's arguments: name -> name_ptr."""
+    return {f"{name}_ptr": tensor for name, tensor in tensors._asdict().items()}
+
+
+def spec_arguments(spec: RouterSpec, inputs: RouterInputs, temperature: float, block: int, step: int) -> dict:
+    """The compile-time arguments that both directions of routing share."""
+    depth = inputs.x.shape[1]
+    return {
+        "D": depth,
+        "temperature": temperature,
+        "tau": spec.tau,
+        "N": spec.num_experts,
+        "NP": padded_experts(spec.num_experts),
+        "K": spec.top_k,
+        "KP": triton.next_power_of_2(spec.top_k),
+        "COSINE": spec.score == "cosine",
+        "BIAS": spec.bias,
+        "PROBABILITY": spec.probability,
+        "GATE": spec.gate,
+        "NOISE": spec.noise if inputs.noise is not None else "off",
+        "LEARNED_TEMPERATURE": inputs.temperature is not None,
+        "BT": block,
+        "BD": depth_step(depth, spec.num_experts, step),
+        "num_warps": 4,
+    }
+
+
+def depth_step(depth: int, num_experts: int, step: int) -> int:
+    """Columns of x per step, at most `step`, such that [N, columns] stays in registers."""
+    return max(16, min(step, triton.next_power_of_2(depth), 2048 // padded_experts(num_experts)))
+
+
+def block_tokens(length: int) -> int:
+    return min(BLOCK_TOKENS, max(16, triton.next_power_of_2(length)))
+
+
+def routed_shapes(spec: RouterSpec, tokens: int, noisy: bool) -> dict[str, tuple[int, ...] | None]:
+    """Shapes of Routed; None for what the spec has no use for."""
+    cosine, every = spec.score == "cosine", (tokens, spec.num_experts)
+    return {
+        "index": (tokens, spec.top_k),
+        "weights": (tokens, spec.top_k),
+        "probs": every,
+        "logits": every,
+        "x_norm": (tokens,) if cosine else None,
+        "w_norm": (spec.num_experts,) if cosine else None,
+        "cosines": every if cosine else None,
+        "noise_scale": every if noisy and spec.noise == "learned" else None,
+    }
+
+
+def dispatch(
+    inputs: RouterInputs,
+    *,
+    spec: RouterSpec,
+    temperature: float,
+    sequences: int,
+    over_topk: bool,
+    balance_coef: float,
+    z_coef: float,
+) -> tuple[Routed, Permuted, LossValues]:
+    """Chooses experts for x [T, D], `sequences` equally long sequences, and sorts the choices by expert. T > 0."""
+    x, N, K = inputs.x, spec.num_experts, spec.top_k
+    T, device = x.shape[0], x.device
+    length = T // sequences
+    block = block_tokens(length)
+    blocks = sequences * triton.cdiv(length, block)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    def integers(*shape: int, dtype=torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    shapes = routed_shapes(spec, T, inputs.noise is not None)
+    kinds = {name: integers if name == "index" else floats for name in shapes}
+    routed = Routed(**{name: None if shape is None else kinds[name](*shape) for name, shape in shapes.items()})
+    counts, first = (integers(blocks, N, dtype=torch.int32) for _ in range(2))
+    sums = BlockSums(counts, first, prob_sums=floats(blocks, N), z_sums=floats(blocks))
+    run(
+        route_kernel,
+        (blocks,),
+        device=device,
+        **pointers(inputs),
+        **pointers(routed),
+        **pointers(sums),
+        length=length,
+        noise_std=spec.noise_std,
+        OVER_TOPK=over_topk,
+        **spec_arguments(spec, inputs, temperature, block, FORWARD_STEP),
+    )
+    permuted = Permuted(integers(T * K), integers(T * K), integers(N + 1))
+    values = LossValues(floats(3), floats(N), floats(sequences, N))
+    run(
+        permute_kernel,
+        (blocks + 1,),
+        device=device,
+        index_ptr=routed.index,
+        **pointers(sums),
+        **pointers(permuted),
+        **pointers(values),
+        length=length,
+        sequences=sequences,
+        balance_coef=balance_coef,
+        z_coef=z_coef,
+        N=N,
+        NP=padded_experts(N),
+        K=K,
+        LOSSES=True,
+        OVER_TOPK=over_topk,
+        BT=block,
+        BLOCKS=choices_per_step(N),
+        CHOICES=choices_per_step(N),
+        num_warps=4,
+    )
+    return routed, permuted, values
+
+
+def permute(index: Tensor, num_experts: int) -> Permuted:
+    """Sorts an index [T, K] that another router made; two launches. T > 0."""
+    choices, device, NP = index.numel(), index.device, padded_experts(num_experts)
+    step = min(choices_per_step(num_experts), BLOCK_CHOICES)
+    blocks = triton.cdiv(choices, BLOCK_CHOICES)
+    counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=device)
+    permuted = Permuted(index.new_empty(choices), index.new_empty(choices), index.new_empty(num_experts + 1))
+    sizes = {"N": num_experts, "NP": NP, "BT": BLOCK_CHOICES, "CHOICES": step, "num_warps": 4}
+    run(count_kernel, (blocks,), device=device, index_ptr=index, counts_ptr=counts, choices=choices, **sizes)
+    run(
+        permute_kernel,
+        (blocks + 1,),
+        device=device,
+        index_ptr=index,
+        **pointers(BlockSums(counts, None, None, None)),
+        **pointers(permuted),
+        **pointers(LossValues(None, None, None)),
+        length=choices,  # as one sequence of T*K tokens with one choice each
+        sequences=1,
+        balance_coef=0.0,
+        z_coef=0.0,
+        K=1,
+        LOSSES=False,
+        OVER_TOPK=False,
+        BLOCKS=step,
+        **sizes,
+    )
+    return permuted
+
+
+class RouterGrads(NamedTuple):
+    """None for what the spec does not learn."""
+
+    dx: Tensor  # [T, D]
+    dw: Tensor  # [N, D]
+    dbias: Tensor | None  # [N]
+    dnoise_w: Tensor | None  # [N, D]
+    dtemperature: Tensor | None  # []
+
+
+def dispatch_backward(
+    inputs: RouterInputs,
+    routed: Routed,
+    inverse: Tensor,
+    first_share: Tensor,
+    *,
+    dweights: Tensor,
+    daux: Tensor | None,
+    aux_scale: Tensor | None,
+    dxs: Tensor | None,
+    spec: RouterSpec,
+    temperature: float,
+    balance_coef: float,
+    z_coef: float,
+) -> RouterGrads:
+    """Gradients of what `dispatch` took.
+
+    dweights [T, K] float32; the auxiliary loss has gradient daux + aux_scale, scalars, either of which may be None;
+    dxs [T*K, D], the experts' gradient of their rows, is summed over K into dx.
+    """
+    x, N = inputs.x, spec.num_experts
+    (T, D), device = x.shape, x.device
+    sequences = first_share.shape[0]
+    length = T // sequences
+    block = block_tokens(length)
+    blocks = sequences * triton.cdiv(length, block)
+    learned_noise = routed.noise_scale is not None
+
+    def floats(*shape: int, needed: bool = True) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=device) if needed else None
+
+    dx = torch.empty_like(x)
+    ddot, dnoise = floats(T, N), floats(T, N, needed=learned_noise)
+    dbias_parts = floats(blocks, N, needed=spec.bias != "none")
+    dw_norm = floats(blocks, N, needed=spec.score == "cosine")
+    dtemperature_parts = floats(blocks, needed=inputs.temperature is not None)
+    arguments = spec_arguments(spec, inputs, temperature, block, BACKWARD_STEP)
+    run(
+        route_backward_kernel,
+        (blocks,),
+        device=device,
+        **{name: value for name, value in pointers(inputs).items() if name != "bias_ptr"},
+        **pointers(routed),
+        first_share_ptr=first_share,
+        dweights_ptr=dweights,
+        daux_ptr=daux,
+        aux_scale_ptr=aux_scale,
+        dxs_ptr=dxs,
+        inverse_ptr=inverse,
+        dx_ptr=dx,
+        ddot_ptr=ddot,
+        dnoise_ptr=dnoise,
+        dbias_ptr=dbias_parts,
+        dw_norm_ptr=dw_norm,
+        dtemperature_ptr=dtemperature_parts,
+        length=length,
+        sequences=sequences,
+        balance_coef=balance_coef,
+        z_coef=z_coef,
+        AUX=daux is not None or aux_scale is not None,
+        ATTACH=aux_scale is not None,
+        DAUX=daux is not None,
+        HAS_DXS=dxs is not None,
+        **arguments,
+    )
+
+    BD, splits = depth_step(D, N, BACKWARD_STEP), triton.cdiv(T, SPLIT_TOKENS)
+    parts = floats(splits, N * (2 if learned_noise else 1), D)
+    sizes = {"N": N, "NP": padded_experts(N), "LEARNED_NOISE": learned_noise, "BD": BD, "num_warps": 4}
+    run(
+        router_grad_kernel,
+        (triton.cdiv(D, BD), splits),
+        device=device,
+        x_ptr=x,
+        ddot_ptr=ddot,
+        dnoise_ptr=dnoise,
+        parts_ptr=parts,
+        T=T,
+        D=D,
+        SPLIT=SPLIT_TOKENS,
+        BT=32 if N <= 32 else 16,
+        **sizes,
+    )
+    grads = RouterGrads(
+        dx=dx,
+        dw=torch.empty_like(inputs.w),
+        dbias=None if spec.bias == "none" else torch.empty_like(inputs.bias),
+        dnoise_w=torch.empty_like(inputs.noise_w) if learned_noise else None,
+        dtemperature=None if inputs.temperature is None else torch.empty_like(inputs.temperature),
+    )
+    run(
+        router_reduce_kernel,
+        (triton.cdiv(D, BD),),
+        device=device,
+        parts_ptr=parts,
+        w_ptr=inputs.w,
+        w_norm_ptr=routed.w_norm,
+        dw_norm_ptr=dw_norm,
+        dbias_parts_ptr=dbias_parts,
+        dtemperature_parts_ptr=dtemperature_parts,
+        **{name: value for name, value in pointers(grads).items() if name != "dx_ptr"},
+        D=D,
+        blocks=blocks,
+        splits=splits,
+        tau=spec.tau,
+        COSINE=spec.score == "cosine",
+        BIAS=spec.bias != "none",
+        LEARNED_TEMPERATURE=inputs.temperature is not None,
+        **sizes,
+    )
+    return grads

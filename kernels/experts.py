@@ -1,0 +1,247 @@
+"""The experts, forward and backward, on plain tensors.
+
+    experts           up, down, combine     3 launches
+    experts_backward  dz, dW2, dW1, dxs     4
+
+Forward keeps x, the pre-activation z and the permutation; backward runs no forward GEMM again (see dz_kernel).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .combine import combine_kernel
+from .dispatch import Permuted
+from .grouped_gemm import down_kernel, dx_kernel, dz_kernel, up_kernel
+from .primitives import INTERPRETED
+from .run import descriptors_usable, processors, run, tile_columns, weight_operand
+from .weight_grad import weight_grad_kernel
+
+
+class ExpertWeights(NamedTuple):
+    """Stacked weights and how to apply them."""
+
+    w1: Tensor  # [N, H, D], gated [N, 2H, D]
+    b1: Tensor | None  # [N, H or 2H]
+    w2: Tensor  # [N, O, H]
+    b2: Tensor | None  # [N, O]
+    activation: str
+    gated: bool
+
+
+def experts(
+    x: Tensor, weights: Tensor, permuted: Permuted, expert: ExpertWeights, *, store_z: bool
+) -> tuple[Tensor, Tensor | None]:
+    """x [T, D], weights [T, K] float32 -> y [T, O], and z [T*K, H or 2H] if it is to be kept for backward. T > 0."""
+    (T, D), K, (N, O, H) = x.shape, weights.shape[1], expert.w2.shape
+    rows, device = T * K, x.device
+    z = x.new_empty(rows, expert.w1.shape[1]) if store_z else None
+    a = x.new_empty(rows, H)
+    ys = x.new_empty(rows, O)
+    descriptor = descriptors_usable(device, expert.w1, expert.w2)
+    shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
+    run(
+        up_kernel,
+        persistent(rows, N, H, device),
+        "up_gated" if expert.gated else "up",
+        x_ptr=x,
+        w1=weight_operand(expert.w1, descriptor),
+        b1_ptr=expert.b1,
+        order_ptr=permuted.order,
+        z_ptr=z,
+        a_ptr=a,
+        D=D,
+        H=H,
+        K=K,
+        ACTIVATION=expert.activation,
+        GATED=expert.gated,
+        BIAS=expert.b1 is not None,
+        STORE_Z=store_z,
+        **shared,
+    )
+    run(
+        down_kernel,
+        persistent(rows, N, O, device),
+        "down",
+        a_ptr=a,
+        w2=weight_operand(expert.w2, descriptor),
+        b2_ptr=expert.b2,
+        y_ptr=ys,
+        H=H,
+        O=O,
+        BIAS=expert.b2 is not None,
+        **shared,
+    )
+    return combine(ys, permuted.inverse, K, weights), z
+
+
+def combine(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
+    """rows [T*K, O] -> [T, O]: each token's K rows summed, weighted by weights [T, K] float32 if given."""
+    T, O = inverse.shape[0] // top_k, rows.shape[1]
+    y = rows.new_empty(T, O)
+    BT, BO = 16, 128
+    run(
+        combine_kernel,
+        (triton.cdiv(T, BT), triton.cdiv(O, BO)),
+        device=rows.device,
+        rows_ptr=rows,
+        inverse_ptr=inverse,
+        weights_ptr=weights,
+        y_ptr=y,
+        T=T,
+        O=O,
+        K=top_k,
+        WEIGHTED=weights is not None,
+        BT=BT,
+        BO=BO,
+        num_warps=4,
+    )
+    return y
+
+
+class ExpertGrads(NamedTuple):
+    """None for what was not asked for or is not there."""
+
+    dxs: Tensor  # [T*K, D]
+    dweights: Tensor  # [T, K] float32
+    dw1: Tensor | None = None
+    db1: Tensor | None = None
+    dw2: Tensor | None = None
+    db2: Tensor | None = None
+
+
+def experts_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    permuted: Permuted,
+    expert: ExpertWeights,
+    z: Tensor,
+    *,
+    weight_grads: bool,
+) -> ExpertGrads:
+    """Gradients from dy [T, O]; those of the experts only with `weight_grads`."""
+    (T, D), K, (N, O, H) = x.shape, weights.shape[1], expert.w2.shape
+    rows, H1, device = T * K, expert.w1.shape[1], x.device
+    descriptor = descriptors_usable(device, expert.w1, expert.w2)
+    shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
+    dz, wa = torch.empty_like(z), x.new_empty(rows, H)
+    gemm = "dz_gated" if expert.gated else "dz"
+    parts = triton.cdiv(H, tile_columns(gemm, device))
+    dw_parts = torch.empty(rows, parts, dtype=torch.float32, device=device)
+    run(
+        dz_kernel,
+        persistent(rows, N, H, device),
+        gemm,
+        dy_ptr=dy,
+        w2=weight_operand(expert.w2, descriptor),
+        b2_ptr=expert.b2,
+        weights_ptr=weights,
+        order_ptr=permuted.order,
+        z_ptr=z,
+        dz_ptr=dz,
+        wa_ptr=wa,
+        dw_parts_ptr=dw_parts,
+        H=H,
+        O=O,
+        K=K,
+        ACTIVATION=expert.activation,
+        GATED=expert.gated,
+        BIAS=expert.b2 is not None,
+        **shared,
+    )
+    dw1 = db1 = dw2 = db2 = None
+    if weight_grads:
+        dw2, db2 = weight_grad(dy, wa, weights, permuted, like=(expert.w2, expert.b2), gather="left")
+        dw1, db1 = weight_grad(dz, x, None, permuted, like=(expert.w1, expert.b1), gather="right", top_k=K)
+    dxs, dweights = x.new_empty(rows, D), torch.empty_like(weights)
+    run(
+        dx_kernel,
+        persistent(rows, N, D, device),
+        "dx",
+        dz_ptr=dz,
+        w1=weight_operand(expert.w1, descriptor),
+        order_ptr=permuted.order,
+        dw_parts_ptr=dw_parts,
+        dx_ptr=dxs,
+        dweights_ptr=dweights,
+        D=D,
+        H1=H1,
+        PARTS=parts,
+        PARTS_P=triton.next_power_of_2(parts),
+        **shared,
+    )
+    return ExpertGrads(dxs, dweights, dw1, db1, dw2, db2)
+
+
+def weight_grad(
+    left: Tensor,
+    right: Tensor,
+    weights: Tensor | None,
+    permuted: Permuted,
+    *,
+    like: tuple[Tensor, Tensor | None],
+    gather: str,
+    top_k: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dw [N, M, C] = left^T right per expert, db [N, M] = sums of left, times `weights` [T, K] if given.
+
+    `gather` names the side whose rows are tokens ([T, ..]); the other's are sorted choices ([T*K, ..]).
+    """
+    dw, db = torch.empty_like(like[0]), None if like[1] is None else torch.empty_like(like[1])
+    N, M, C = dw.shape
+
+    def grid(meta: dict) -> tuple:
+        return (triton.cdiv(M, meta["BM"]) * triton.cdiv(C, meta["BN"]), N)
+
+    run(
+        weight_grad_kernel,
+        grid,
+        "weight_grad",
+        device=left.device,
+        itemsize=left.element_size(),
+        left_ptr=left,
+        right_ptr=right,
+        weights_ptr=weights,
+        order_ptr=permuted.order,
+        offsets_ptr=permuted.offsets,
+        dw_ptr=dw,
+        db_ptr=db,
+        M=M,
+        C=C,
+        K=top_k or weights.shape[1],
+        GATHER_LEFT=gather == "left",
+        GATHER_RIGHT=gather == "right",
+        WEIGH_BIAS=weights is not None,
+        BIAS=db is not None,
+        PRECISION=precision(),
+    )
+    return dw, db
+
+
+def gemm_arguments(x: Tensor, permuted: Permuted, num_experts: int) -> dict:
+    return {
+        "device": x.device,
+        "itemsize": x.element_size(),
+        "offsets_ptr": permuted.offsets,
+        "N": num_experts,
+        "NP": triton.next_power_of_2(num_experts),
+        "PRECISION": precision(),
+    }
+
+
+def persistent(rows: int, num_experts: int, columns: int, device: torch.device):
+    """Grid of a persistent kernel: a program per processor, or one per tile where there are fewer."""
+
+    def grid(meta: dict) -> tuple:
+        tiles = (triton.cdiv(rows, meta["BM"]) + num_experts - 1) * triton.cdiv(columns, meta["BN"])  # at most
+        return (min(processors(device), tiles),)
+
+    return grid
+
+
+def precision() -> str:
+    """tf32 in float32 GEMMs only where the user allowed it."""
+    return "tf32" if not INTERPRETED and torch.backends.cuda.matmul.allow_tf32 else "ieee"
