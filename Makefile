@@ -28,13 +28,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint wheel-check doctor install clean distclean
+.PHONY: help demo test lint gate wheel-check doctor install clean distclean
 
 help:
 	@echo "make demo         train and compare five routers on real images; report in runs/demo (DEMO_ARGS=--short: less)"
 	@echo "make test         run the tests (PYTEST_ARGS=... are passed on)"
 	@echo "make doctor       say what is installed and which backends work here"
 	@echo "make lint         check the style of the Python files"
+	@echo "make gate         compile the GPU kernels for four architectures, and count the bytes they move"
 	@echo "make wheel-check  build one wheel and test it under torch 2.13 and under the torch in .venv"
 	@echo "make install      only set up .venv and install the package there"
 	@echo "make clean        remove build products; make distclean: the environments as well"
@@ -45,14 +46,21 @@ help:
 demo: $(PACKAGE)
 	$(BIN)/python -m libmoe_fast.train.demo $(DEMO_ARGS)
 
+# Twice, because interpreted and compiled Triton kernels cannot share a process. The kernel tests of the first run are
+# those of a GPU, skipped where there is none.
 test: $(PACKAGE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
 
 doctor: $(PACKAGE)
 	$(BIN)/libmoe-fast doctor
 
 lint: $(PACKAGE)
 	$(BIN)/ruff check .
+
+gate: $(PACKAGE)
+	$(BIN)/python -m libmoe_fast.kernels.aot
+	$(BIN)/python -m libmoe_fast.kernels.traffic
 
 wheel-check: $(PACKAGE)
 	$(BIN)/python tests/abi/check.py
