@@ -259,7 +259,25 @@ class Hypernetwork(nn.Module):
         nn.init.zeros_(self.b2)
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = torch.relu(ops.float_linear(embedding, self.w1) + self.b1)  # [D / 4]
-        flat = ops.float_linear(hidden, self.w2) + self.b2  # [N (D + 1)]
+        flat = GenerateGate.apply(embedding, self.w1, self.b1, self.w2, self.b2)  # [N (D + 1)]
         rows = flat.view(self.num_experts, self.dim + 1)  # [N, D + 1]: W_i, then b_i
         return rows[:, :-1], rows[:, -1]
+
+
+class GenerateGate(torch.autograd.Function):
+    """w2 relu(w1 embedding + b1) + b2 in float32. Keeps the frozen tensors as they are for backward: left to autograd,
+    bf16 ones would be kept as float32 copies, N (D + 1) D / 4 numbers that nobody needs twice.
+    """
+
+    @staticmethod
+    def forward(ctx, embedding: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        hidden = torch.relu(ops.float_linear(embedding, w1) + b1)  # [D / 4]
+        ctx.save_for_backward(hidden, w1, w2)
+        ctx.dtype = embedding.dtype
+        return ops.float_linear(hidden, w2) + b2
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, w1, w2 = ctx.saved_tensors
+        dhidden = ops.float_linear(grad, w2.t()) * (hidden > 0)  # [D / 4]
+        return ops.float_linear(dhidden, w1.t()).to(ctx.dtype), None, None, None, None
