@@ -2,6 +2,7 @@
 
 LIBMOE_FAST_BUILD decides about the C++ extension: unset builds it where a compiler is found, 1 makes a missing
 compiler an error, 0 skips it. Without the extension the pure-PyTorch `reference` backend does everything, only slower.
+LIBMOE_FAST_CUDA decides likewise about its CUDA part (csrc/cuda/): unset builds it where a CUDA toolkit is found.
 """
 
 import os
@@ -34,6 +35,10 @@ COMPILE_FAILED = """\
 libmoe_fast: compiling the C++ extension failed; the compiler's own message is above.
   It needs a C++20 compiler, such as g++ 11 or newer (CXX names another one). LIBMOE_FAST_BUILD=0 installs without the
   extension: everything then works on the pure-PyTorch backend `reference`; token permutation on the CPU is slower."""
+
+NO_CUDA = """\
+libmoe_fast: the CUDA part is left out: {reason}.
+  LIBMOE_FAST_CUDA=1 makes this an error, LIBMOE_FAST_CUDA=0 leaves it out without looking; CUDA_HOME names a toolkit."""
 
 NO_TORCH = """\
 libmoe_fast: torch {found}, but the C++ extension is built against torch >= {floor}.
@@ -92,6 +97,54 @@ def extension_wanted():
     return False
 
 
+def cuda_toolkit(torch):
+    """The CUDA toolkit to build csrc/cuda/ with, or None. A missing one is reported here, once."""
+    choice = os.environ.get("LIBMOE_FAST_CUDA", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"libmoe_fast: LIBMOE_FAST_CUDA is {choice!r}; expected 0, 1 or nothing")
+    if choice == "0":
+        return None
+    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+    from cuda_toolkit import ToolkitError, find
+
+    try:
+        return find(Path(torch.__file__).parents[1] / "nvidia", torch.version.cuda)
+    except ToolkitError as error:
+        message = NO_CUDA.format(reason=error)
+        if choice == "1":
+            sys.exit(message)
+        print(message, file=sys.stderr)
+        return None
+
+
+def sources(*patterns):
+    """Files of csrc/, relative to the root."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def cuda_extension(toolkit, cxx_flags):
+    """csrc/cuda/ as a library of its own: a torch without CUDA has no use for it, and never loads it.
+
+    It needs nothing of torch's CUDA libraries, only the stable ABI, and brings the CUDA runtime along: one file runs with
+    every torch that the CPU library runs with, whichever CUDA that is built for.
+    """
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's own guess fails where nvcc is a script, and without CUDA
+    nvcc = ["-O3", "-std=c++20", "-fmad=false", "--compiler-options=-fvisibility=hidden", *toolkit.flags]
+    return cpp_extension.CppExtension(
+        "libmoe_fast._cuda",
+        [*sources("cuda/*.cpp", "cuda/*.cu"), "csrc/checks.cpp"],
+        depends=sources("*.h", "cuda/*.h", "cuda/*.cuh"),
+        py_limited_api=True,
+        include_dirs=list(toolkit.include_dirs),
+        library_dirs=[toolkit.library_dir],
+        libraries=["cudart_static", "dl", "pthread", "rt"],
+        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc},
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
+    )
+
+
 def extension_options():
     """setup() arguments for the extension: none when it is left out, and the wheel is then a pure-Python one."""
     if not extension_wanted():
@@ -107,26 +160,28 @@ def extension_options():
                 sys.exit(f"{error}\n{COMPILE_FAILED}")
 
     # A library of torch ops, loaded with torch.ops.load_library: it has no Python in it, so it needs no Python headers
-    # and no PyInit. A CUDA sibling must be a library of its own: a CPU-only torch cannot load one that needs CUDA.
+    # and no PyInit.
+    cxx_flags = [
+        "-O3",
+        "-std=c++20",
+        "-Wall",
+        # No fused multiply-add: one result, bit for bit, on every machine.
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-g0",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        f'-DLIBMOE_FAST_TORCH_VERSION="{torch.__version__}"',
+    ]
     cpu = CppExtension(
         "libmoe_fast._cpu",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+        sources("*.cpp"),
+        depends=sources("*.h"),
         py_limited_api=True,
-        extra_compile_args=[
-            "-O3",
-            "-std=c++20",
-            "-Wall",
-            # No fused multiply-add: one result, bit for bit, on every machine.
-            "-ffp-contract=off",
-            "-fvisibility=hidden",
-            "-g0",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            f'-DLIBMOE_FAST_TORCH_VERSION="{torch.__version__}"',
-        ],
+        extra_compile_args=cxx_flags,
     )
+    toolkit = cuda_toolkit(torch)
     return {
-        "ext_modules": [cpu],
+        "ext_modules": [cpu, cuda_extension(toolkit, cxx_flags)] if toolkit else [cpu],
         "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

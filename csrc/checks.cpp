@@ -30,6 +30,11 @@ std::string sizes_text(std::initializer_list<int64_t> sizes) {
   return text.str();
 }
 
+std::string device_text(const Device& device) {
+  if (device.is_cpu()) return "the CPU";
+  return (device.is_cuda() ? "cuda:" : "another device, ") + std::to_string(device.index());
+}
+
 bool matches(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
   if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
   int64_t d = 0;
@@ -58,7 +63,10 @@ int64_t first_outside(const int64_t* entries, int64_t count, int64_t bound) {
 
 void ArgumentCheck::shape(const Tensor& tensor, const char* name, const char* letters,
                           std::initializer_list<int64_t> sizes) const {
-  if (!tensor.is_cpu()) fail("expected `", name, "` on the CPU, got a tensor on another device");
+  const Device given = tensor.device();
+  if (!(given.is_cpu() && device_.is_cpu()) && given != device_) {
+    fail("expected `", name, "` on ", device_text(device_), ", got a tensor on ", device_text(given));
+  }
   if (!matches(tensor, sizes)) {
     fail("expected `", name, "` with shape ", letters, " = ", sizes_text(sizes), ", got ", sizes_text(tensor));
   }

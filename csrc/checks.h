@@ -1,6 +1,7 @@
 // Argument checks of the ops. Every message names the op, the argument, what was expected and what was given.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -14,13 +15,16 @@
 
 namespace libmoe_fast {
 
+using torch::stable::Device;
+using torch::stable::DeviceType;
 using torch::stable::Tensor;
 
 class ArgumentCheck {
  public:
-  explicit ArgumentCheck(const char* op) : op_(op) {}
+  // `device`: where all tensors must be.
+  explicit ArgumentCheck(const char* op, const Device& device = Device(DeviceType::CPU)) : op_(op), device_(device) {}
 
-  // A CPU tensor of this shape, e.g. shape(x, "x", "[T, D]", {T, -1}); -1 stands for any size.
+  // A tensor of this shape on the device, e.g. shape(x, "x", "[T, D]", {T, -1}); -1 stands for any size.
   void shape(const Tensor& tensor, const char* name, const char* letters, std::initializer_list<int64_t> sizes) const;
   void int64(const Tensor& tensor, const char* name) const;
   void floating(const Tensor& tensor, const char* name) const;
@@ -44,6 +48,7 @@ class ArgumentCheck {
 
  private:
   const char* op_;
+  Device device_;
 };
 
 }  // namespace libmoe_fast

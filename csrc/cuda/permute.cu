@@ -16,7 +16,8 @@ const char* permute_index(const int64_t* index, int64_t choices, int64_t num_exp
   int64_t* const totals = scratch + buckets * slices.count;  // [N+1]
   const unsigned blocks = static_cast<unsigned>(slices.count);
 
-  const char* error = launch(count_choices, blocks, count_choices_shared(experts), stream, index, slices, experts, counts);
+  const char* error =
+      launch(count_choices, blocks, count_choices_shared(experts), stream, index, slices, experts, counts);
   if (error != nullptr) return error;
   error = launch(sum_slices, ceil_div(buckets, kWarps), 0, stream, counts, slices.count, buckets, totals);
   if (error != nullptr) return error;
