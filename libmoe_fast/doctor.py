@@ -36,7 +36,8 @@ def collect() -> dict:
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "extension": _extension(),
+        "extension": _extension(extension.load()),
+        "cuda_extension": _extension(extension.load_cuda()),
         "backends": {
             name: {"usable": problem is None, "problem": problem} for name, problem in ops.available_backends().items()
         },
@@ -59,8 +60,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _extension() -> dict:
-    state = extension.load()
+def _extension(state: extension.ExtensionState) -> dict:
     return {
         "loaded": state.loaded,
         "path": state.path,
@@ -102,6 +102,7 @@ def _lines(report: dict) -> Iterator[str]:
     yield f"libmoe_fast {report['packages']['libmoe_fast'] or '(not installed)'}"
     yield from _section("versions", {"python": report["python"], **report["packages"]}, absent="not installed")
     yield from _section("C++ extension", _extension_rows(report["extension"]))
+    yield from _section("C++ extension, CUDA part", _extension_rows(report["cuda_extension"]))
     backends = {name: backend["problem"] or "usable" for name, backend in report["backends"].items()}
     yield from _section("backends", backends)
     yield from _section("devices", _device_rows(report))

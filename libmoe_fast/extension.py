@@ -1,6 +1,7 @@
 """The C++ extension (csrc/): finding it, loading it, and saying exactly why where it cannot be loaded.
 
 It is a library of torch ops on torch's stable ABI, `_cpu.abi3.so` beside this file, loaded with torch.ops.load_library.
+Its CUDA part, `_cuda.abi3.so`, implements the token permutation's ops for CUDA tensors; it is optional.
 """
 
 import functools
@@ -13,6 +14,8 @@ import torch
 
 NAME = "_cpu"
 OPS = ("permute_index", "gather", "weighted_scatter", "row_dot")
+CUDA_NAME = "_cuda"
+CUDA_OPS = ("permute_index", "gather", "weighted_scatter", "row_dot")
 TORCH_FLOOR = (2, 13)  # as in setup.py
 
 _REBUILD = (
@@ -22,6 +25,11 @@ _REBUILD = (
 _BUILD = (
     "install g++ 11 or newer (apt install g++) and install libmoe_fast again; with LIBMOE_FAST_BUILD=1 an extension "
     "that cannot be built is an error"
+)
+
+_BUILD_CUDA = (
+    "install a CUDA toolkit (nvcc; CUDA_HOME names its folder) and install libmoe_fast again; with LIBMOE_FAST_CUDA=1 a "
+    "CUDA part that cannot be built is an error"
 )
 
 
@@ -44,22 +52,40 @@ def load() -> ExtensionState:
         return ExtensionState(
             loaded=False, reason="the C++ extension was not built when libmoe_fast was installed", hint=_BUILD
         )
-    return load_file(path)
+    return load_file(path, OPS)
 
 
-def find(folder: Path) -> Path | None:
+@functools.cache
+def load_cuda() -> ExtensionState:
+    """Loads the CUDA part, once per process, after the extension that defines the ops. Never raises, as `load`."""
+    path = find(Path(__file__).parent, CUDA_NAME)
+    if path is None:
+        return ExtensionState(
+            loaded=False, reason="the CUDA part was not built when libmoe_fast was installed", hint=_BUILD_CUDA
+        )
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA"
+        return ExtensionState(loaded=False, path=str(path), reason=reason, hint="install a torch built with CUDA")
+    extension = load()
+    if not extension.loaded:
+        reason = f"it needs the C++ extension, which is not loaded: {extension.reason}"
+        return ExtensionState(loaded=False, path=str(path), reason=reason, hint=extension.hint)
+    return load_file(path, CUDA_OPS, "CUDA")
+
+
+def find(folder: Path, name: str = NAME) -> Path | None:
     """The extension's file in `folder`, or None."""
-    candidates = (folder / f"{NAME}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    candidates = (folder / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
 
 
-def load_file(path: Path) -> ExtensionState:
-    """Loads the extension from `path`. Never raises."""
+def load_file(path: Path, ops: tuple[str, ...] = OPS, device: str = "CPU") -> ExtensionState:
+    """Loads the library at `path`, which implements `ops` for `device`. Never raises."""
     built_with = None
     try:
         built_with = read_built_with(path)
         torch.ops.load_library(str(path))
-        missing = [op for op in OPS if not hasattr(torch.ops.libmoe_fast, op)]
+        missing = [op for op in ops if not _has_kernel(op, device)]
     except Exception as error:  # a broken library must not break `import libmoe_fast`: its state says what broke
         return ExtensionState(
             loaded=False, path=str(path), reason=_why(path, built_with, error), hint=_hint(), built_with=built_with
@@ -68,6 +94,11 @@ def load_file(path: Path) -> ExtensionState:
         reason = f"{path.name} is older than this libmoe_fast: it has no op {', '.join(missing)}"
         return ExtensionState(loaded=False, path=str(path), reason=reason, hint=_REBUILD, built_with=built_with)
     return ExtensionState(loaded=True, path=str(path), built_with=built_with)
+
+
+def _has_kernel(op: str, device: str) -> bool:
+    defined = hasattr(torch.ops.libmoe_fast, op)
+    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"libmoe_fast::{op}", device)
 
 
 def read_built_with(path: Path) -> str | None:

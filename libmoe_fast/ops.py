@@ -24,6 +24,7 @@ ENVIRONMENT_VARIABLE = "LIBMOE_FAST_BACKEND"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _extension = extension.load()
+extension.load_cuda()  # the same ops for CUDA tensors, where it is there; `doctor` says why where it is not
 _triton_installed = importlib.util.find_spec("triton") is not None
 
 
