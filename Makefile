@@ -97,7 +97,7 @@ dependencies-cpu:
 	LIBMOE_FAST_BUILD=0 $(PIP) --no-build-isolation --editable ".[train,report,test]" $(LMMS_EVAL_NEEDS)
 	$(PIP) --no-deps "lmms-eval>=0.7.3"
 
-$(PACKAGE): setup.py $(wildcard csrc/*) $(DEPENDENCIES)
+$(PACKAGE): setup.py $(wildcard csrc/* csrc/cuda/*) $(DEPENDENCIES)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	@$(BIN)/python -c 'from libmoe_fast.extension import load; s = load(); \
 	    print("C++ extension:", "built" if s.loaded else f"{s.reason}; {s.hint}")'

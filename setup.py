@@ -34,11 +34,12 @@ libmoe_fast: no C++ compiler found ({looked_for}), so the C++ extension is left 
 COMPILE_FAILED = """\
 libmoe_fast: compiling the C++ extension failed; the compiler's own message is above.
   It needs a C++20 compiler, such as g++ 11 or newer (CXX names another one). LIBMOE_FAST_BUILD=0 installs without the
-  extension: everything then works on the pure-PyTorch backend `reference`; token permutation on the CPU is slower."""
+  extension: everything then works on the pure-PyTorch backend `reference`; token permutation on the CPU is slower.
+  If nvcc failed: LIBMOE_FAST_CUDA=0 leaves only the CUDA part out."""
 
 NO_CUDA = """\
 libmoe_fast: the CUDA part is left out: {reason}.
-  LIBMOE_FAST_CUDA=1 makes this an error, LIBMOE_FAST_CUDA=0 leaves it out without looking; CUDA_HOME names a toolkit."""
+  CUDA_HOME names a toolkit; LIBMOE_FAST_CUDA=1 makes this an error, LIBMOE_FAST_CUDA=0 leaves it out silently."""
 
 NO_TORCH = """\
 libmoe_fast: torch {found}, but the C++ extension is built against torch >= {floor}.
@@ -125,8 +126,8 @@ def sources(*patterns):
 def cuda_extension(toolkit, cxx_flags):
     """csrc/cuda/ as a library of its own: a torch without CUDA has no use for it, and never loads it.
 
-    It needs nothing of torch's CUDA libraries, only the stable ABI, and brings the CUDA runtime along: one file runs with
-    every torch that the CPU library runs with, whichever CUDA that is built for.
+    It needs nothing of torch's CUDA libraries, only the stable ABI, and brings the CUDA runtime along: one file runs
+    with every torch that the CPU library runs with, whichever CUDA that is built for.
     """
     from torch.utils import cpp_extension
 

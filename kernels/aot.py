@@ -24,6 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from libmoe_fast import extension
+
+from . import cuda_library
 from .primitives import INTERPRETED
 from .run import Launch, fitted
 from .shapes import SHAPES, SPECS, Shape, layer_launches
@@ -257,6 +260,44 @@ def occupancy(chip: Chip, registers: int, shared: int, threads: int) -> float:
     return blocks * threads / chip.threads
 
 
+def library_rows(architectures: list[str]) -> list[Row]:
+    """The kernels of csrc/cuda/, from the library that was built at install; none where none was."""
+    library = extension.load_cuda().path
+    if library is None:
+        return []
+    return [
+        Row(
+            job=library_job(usage, arch),
+            registers=usage.registers,
+            spilled=usage.spilled,
+            shared=usage.shared,
+            occupancy=occupancy(CHIPS[arch], usage.registers, usage.shared, cuda_library.THREADS),
+        )
+        for arch in architectures
+        if CHIPS[arch].target.backend == "cuda"
+        for usage in cuda_library.read(Path(library), arch)
+    ]
+
+
+def library_job(usage: cuda_library.KernelUsage, arch: str) -> Job:
+    """The row's label; there is nothing left to compile."""
+    return Job(
+        kernel=f"CUDA {usage.name}",
+        shape="",
+        router="",
+        arch=arch,
+        gemm=False,
+        descriptor=False,
+        tile=usage.variant,
+        signature={},
+        constants={},
+        aligned=(),
+        warps=cuda_library.THREADS // 32,
+        stages=0,
+        module="",
+    )
+
+
 COLUMNS = ("kernel", "shape", "router", "tile", "regs", "spill", "shared", "occup.", "tensor core", "TMA", "")
 
 
@@ -332,10 +373,13 @@ def main(arguments: list[str] | None = None) -> int:
     work = list(jobs(options.arch, [s for s in SHAPES if s.name in options.shape]))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(compile_job, work, chunksize=4), total=len(work), desc="Compiling"))
+    rows += library_rows(options.arch)
     if options.summary:
         print_summary(rows)
     else:
         print_table(rows, options.markdown)
+    if (cuda := extension.load_cuda()).path is None:
+        print(f"\nNo CUDA kernels of csrc/cuda/: {cuda.reason}; {cuda.hint}")
     failed = [row for row in rows if row.failures]
     print(f"\n{len(rows) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0

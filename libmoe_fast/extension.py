@@ -28,8 +28,8 @@ _BUILD = (
 )
 
 _BUILD_CUDA = (
-    "install a CUDA toolkit (nvcc; CUDA_HOME names its folder) and install libmoe_fast again; with LIBMOE_FAST_CUDA=1 a "
-    "CUDA part that cannot be built is an error"
+    "install a CUDA toolkit (nvcc; CUDA_HOME names its folder) and install libmoe_fast again; with LIBMOE_FAST_CUDA=1 "
+    "a CUDA part that cannot be built is an error"
 )
 
 

@@ -33,7 +33,7 @@ compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to 
 def compile_emulated(source: Path, target: Path) -> Path:
     headers = Path(torch.__file__).parent / "include"
     # -O1: quick to compile, and line numbers in reports stay right.
-    options = "-std=c++20 -O1 -g -Wno-unknown-pragmas -ffp-contract=off -x c++ -c".split()
+    options = ("-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off", "-x", "c++", "-c")
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     includes = (f"-I{EMULATION}", f"-I{headers}", f"-I{CSRC}")  # the emulation's cuda_runtime.h comes first
     command = ["g++", *options, *sanitizers, *includes, str(source), "-o", str(target)]
@@ -121,10 +121,18 @@ FAULTS = [
         id="too-little-shared-memory",
     ),
     pytest.param(
-        "rows", "static_cast<uint64_t>(asked) >=", "false &&", "AddressSanitizer", id="places-that-do-not-exist-unchecked"
+        "rows",
+        "static_cast<uint64_t>(asked) >=",
+        "false &&",
+        "AddressSanitizer",
+        id="places-that-do-not-exist-unchecked",
     ),
     pytest.param(
-        "rows", "static_cast<uintptr_t>(row_bytes)) %", "uintptr_t{0}) %", "misaligned address", id="unaligned-loads"
+        "rows",
+        "(reinterpret_cast<uintptr_t>(pointers) | ...)",
+        "0 * sizeof...(pointers)",
+        "misaligned address",
+        id="unaligned-loads",
     ),
 ]
 
@@ -182,22 +190,42 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
-def test_the_library_is_built_for_every_architecture(tmp_path):
+@pytest.fixture
+def library() -> Path:
+    """The CUDA part that the install built; it has to be there wherever a toolkit is."""
     found, reason = toolkit()
     if found is None:
         pytest.skip(reason)
-    done = build(tmp_path, LIBMOE_FAST_CUDA="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    library = extension.find(tmp_path / "lib" / "libmoe_fast", extension.CUDA_NAME)
-    assert library is not None
-    assert extension.read_built_with(library) == torch.__version__
-    # It must load beside any torch: nothing of CUDA, and of torch only the stable ABI's C functions.
+    if os.environ.get("LIBMOE_FAST_CUDA") == "0":
+        pytest.skip("LIBMOE_FAST_CUDA=0 leaves the CUDA part out")
+    path = extension.load_cuda().path
+    assert path is not None, f"there is a CUDA toolkit in {found.home}, but no CUDA part; install libmoe_fast again"
+    return Path(path)
+
+
+def test_the_library_loads_beside_any_torch(library):
+    """It needs nothing of CUDA's libraries, and of torch only the C functions of the stable ABI."""
+    assert extension.read_built_with(library)
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert not re.findall(r"NEEDED.*\[(?:libcuda|libtorch_cuda|libc10_cuda|libtorch_python)[^]]*\]", needed)
     symbols = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True, check=True).stdout
     assert "torch_stream_native_handle" in symbols
     assert not re.findall(r"\b_Z\w*?(?:2at|3c10|5torch)\w*", symbols)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100"])
+def test_every_kernel_is_compiled_without_spills(library, arch):
+    cuda_library = pytest.importorskip("libmoe_fast.kernels.cuda_library")  # without triton there are no tools to look
+    kernels = cuda_library.read(library, arch)
+    dtypes = [f"{dtype} x{16 // size}" for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4), ("fp64", 8))]
+    variants = sorted(dtypes + [f"{dtype} x1" for dtype in ("bf16", "fp16", "fp32", "fp64")])
+    rows = [(name, variant) for name in ("combine_rows", "dot_rows", "gather_rows") for variant in variants]
+    permutation = [(name, "") for name in ("count_choices", "place_choices", "sum_slices")]
+    assert [(kernel.name, kernel.variant) for kernel in kernels] == sorted(rows + permutation)
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
+        assert kernel.registers <= 128, kernel  # two blocks of 256 threads per multiprocessor
+        assert kernel.shared <= 48 * 1024, kernel  # what a launch gets without asking for more
 
 
 def test_demanding_cuda_without_a_toolkit_is_one_clear_error(tmp_path):
@@ -207,7 +235,7 @@ def test_demanding_cuda_without_a_toolkit_is_one_clear_error(tmp_path):
     nvcc.chmod(0o755)
     done = build(tmp_path, LIBMOE_FAST_CUDA="1", CUDA_HOME=str(tmp_path))
     assert done.returncode == 1
-    assert f"libmoe_fast: the CUDA part is left out: {nvcc} does not work: nvcc fatal error: out of order" in done.stderr
+    assert f"the CUDA part is left out: {nvcc} does not work: nvcc fatal error: out of order" in done.stderr
     assert "LIBMOE_FAST_CUDA=0" in done.stderr
 
 
@@ -293,8 +321,8 @@ def problem(tokens, num_experts, top_k, width, dtype, seed=0):
     index = torch.rand(tokens, num_experts, generator=generator).topk(top_k).indices
     x = torch.randn(tokens, width, generator=generator).to(dtype)
     y = torch.randn(tokens * top_k, width, generator=generator).to(dtype)
-    weights = torch.rand(tokens, top_k, generator=generator).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    return index, x, y, weights
+    weights = torch.rand(tokens, top_k, generator=generator)
+    return index, x, y, weights.double() if dtype == torch.float64 else weights
 
 
 @on_gpu

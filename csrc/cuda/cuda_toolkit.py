@@ -50,7 +50,7 @@ def find(pip_packages: Path, cuda_version: str | None) -> Toolkit:
     home = find_home(pip_packages)
     version = nvcc_version(home)
     if cuda_version is not None and version.split(".")[0] != cuda_version.split(".")[0]:
-        raise ToolkitError(f"the CUDA toolkit {version} in {home} does not fit torch, which is built for {cuda_version}")
+        raise ToolkitError(f"the CUDA toolkit {version} in {home} does not fit torch, built for {cuda_version}")
     return Toolkit(
         home=home,
         version=version,
@@ -72,7 +72,7 @@ def find_home(pip_packages: Path) -> Path:
 
 
 def real_home(nvcc: Path) -> Path:
-    """The toolkit's folder. nvcc may be a link or a script elsewhere that calls the real one, which says where it is."""
+    """The toolkit's folder. nvcc may be a link or a script elsewhere that calls the real one; that says where it is."""
     shown = call(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
     top = re.search(r"^#\$ TOP=(.+)$", shown, re.MULTILINE)
     if top is None:
@@ -97,7 +97,7 @@ def known_architectures(home: Path) -> tuple[int, ...]:
 
 
 def needed_includes(home: Path, offered: tuple[str, ...]) -> tuple[str, ...]:
-    """The folders of headers that a small kernel needs to compile: none, or those offered. ToolkitError if neither do."""
+    """The folders of headers that a small kernel needs to compile: none, or those offered. ToolkitError if neither."""
     try:
         compile_probe(home, ())
         return ()

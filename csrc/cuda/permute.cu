@@ -1,4 +1,6 @@
 // Launches of permute_index.
+#include <string_view>
+
 #include "launchers.h"
 #include "permute.cuh"
 
@@ -26,3 +28,13 @@ const char* permute_index(const int64_t* index, int64_t choices, int64_t num_exp
 }
 
 }  // namespace libmoe_fast::cuda
+
+// Shared memory is sized at the launch, so that the compiled kernels do not tell: libmoe_fast/kernels/cuda_library.py
+// asks here.
+extern "C" __attribute__((used, visibility("default"))) int64_t libmoe_fast_shared_bytes(const char* kernel,
+                                                                                        int64_t num_experts) {
+  const std::string_view name = kernel;
+  const int experts = static_cast<int>(num_experts);
+  if (name == "count_choices") return libmoe_fast::cuda::count_choices_shared(experts);
+  return name == "place_choices" ? libmoe_fast::cuda::place_choices_shared(experts) : 0;
+}
