@@ -17,6 +17,7 @@ def test_json_is_what_collect_gives(capsys):
     assert torch.__version__.startswith(report["packages"]["torch"])
     assert report["extension"]["loaded"] is extension.load().loaded
     assert report["extension"]["running_torch"] == torch.__version__
+    assert report["cuda_extension"]["loaded"] is extension.load_cuda().loaded
     assert set(report["backends"]) == set(ops.available_backends())
     assert report["backends"]["reference"] == {"usable": True, "problem": None}
     assert report["cuda"]["available"] is torch.cuda.is_available()
@@ -42,6 +43,15 @@ def test_an_extension_that_does_not_load_is_explained(capsys, monkeypatch):
     assert "an undefined symbol" in table
     assert "rebuild it" in table
     assert doctor.collect()["backends"]["cpu"]["usable"] is False
+
+
+def test_a_missing_cuda_part_is_explained(capsys, monkeypatch):
+    missing = extension.ExtensionState(loaded=False, reason="it was not built", hint="install nvcc")
+    monkeypatch.setattr(extension, "load_cuda", lambda: missing)
+    assert doctor.run() == 0
+    section = capsys.readouterr().out.split("C++ extension, CUDA part")[1].split("backends")[0]
+    assert "it was not built" in section
+    assert "install nvcc" in section
 
 
 def test_nothing_usable_is_exit_status_1(monkeypatch, capsys):

@@ -128,15 +128,17 @@ def check_wheel(wheel: Path, folder: Path) -> None:
 
 
 def check_symbols(wheel: Path, folder: Path) -> None:
-    """Of torch the library may need only the C functions of the stable ABI, no C++ symbol."""
+    """Of torch the libraries may need only the C functions of the stable ABI, no C++ symbol."""
     with zipfile.ZipFile(wheel) as archive:
-        library = archive.extract("libmoe_fast/_cpu.abi3.so", folder)
-    undefined = run("nm", "--dynamic", "--undefined-only", library)
-    unstable = re.findall(r"\b_Z\w*?(?:2at|3c10|5torch)\w*", undefined)
-    stable = re.findall(r"\b(?:aoti_)?torch_\w+", undefined)
-    if unstable or not stable:
-        raise CheckError(f"the library needs C++ symbols of torch: {unstable}")
-    passed(f"library needs {len(stable)} C functions of torch's stable ABI and no C++ symbol of torch")
+        libraries = [archive.extract(name, folder) for name in archive.namelist() if name.endswith(".so")]
+    for library in libraries:  # the CUDA part is there only where a CUDA toolkit is
+        name = Path(library).name
+        undefined = run("nm", "--dynamic", "--undefined-only", library)
+        unstable = re.findall(r"\b_Z\w*?(?:2at|3c10|5torch)\w*", undefined)
+        stable = re.findall(r"\b(?:aoti_)?torch_\w+", undefined)
+        if unstable or not stable:
+            raise CheckError(f"{name} needs C++ symbols of torch: {unstable}")
+        passed(f"{name} needs {len(stable)} C functions of torch's stable ABI and no C++ symbol of torch")
 
 
 def check_under(python: Path, wheel: Path, work: Path) -> None:
