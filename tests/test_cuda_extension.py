@@ -211,11 +211,10 @@ def toolkit():
         return None, str(error)
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # where ninja is
-    environment = {**os.environ, "PATH": path, **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def prepare_build(**environment: str) -> subprocess.CompletedProcess:
+    """What setup.py decides about the build; --help then stops it before the compiler runs."""
+    command = [sys.executable, "setup.py", "build_ext", "--help"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -256,19 +255,32 @@ def test_every_kernel_is_compiled_without_spills(library, arch):
         assert kernel.shared <= 48 * 1024, kernel  # what a launch gets without asking for more
 
 
+def test_without_a_toolkit_the_rest_is_built(tmp_path):
+    done = prepare_build(LIBMOE_FAST_CUDA="", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0
+    reason = f"CUDA_HOME is {tmp_path}, but there is no {tmp_path}/bin/nvcc"
+    assert done.stderr.count(f"libmoe_fast: the CUDA part is left out: {reason}.\n") == 1
+
+
+def test_forbidding_cuda_does_not_even_look(tmp_path):
+    done = prepare_build(LIBMOE_FAST_CUDA="0", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0
+    assert "CUDA part" not in done.stderr
+
+
 def test_demanding_cuda_without_a_toolkit_is_one_clear_error(tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'nvcc fatal error: out of order'\nexit 1\n")
     nvcc.chmod(0o755)
-    done = build(tmp_path, LIBMOE_FAST_CUDA="1", CUDA_HOME=str(tmp_path))
+    done = prepare_build(LIBMOE_FAST_CUDA="1", CUDA_HOME=str(tmp_path))
     assert done.returncode == 1
     assert f"the CUDA part is left out: {nvcc} does not work: nvcc fatal error: out of order" in done.stderr
     assert "LIBMOE_FAST_CUDA=0" in done.stderr
 
 
-def test_a_misspelt_choice_is_an_error(tmp_path):
-    done = build(tmp_path, LIBMOE_FAST_CUDA="yes")
+def test_a_misspelt_choice_is_an_error():
+    done = prepare_build(LIBMOE_FAST_CUDA="yes")
     assert done.returncode == 1
     assert "LIBMOE_FAST_CUDA is 'yes'; expected 0, 1 or nothing" in done.stderr
 

@@ -61,11 +61,16 @@ def find(pip_packages: Path, cuda_version: str | None) -> Toolkit:
 
 
 def find_home(pip_packages: Path) -> Path:
-    """The folder of the first nvcc there is: as CUDA_HOME or CUDA_PATH say, on PATH, in the usual places."""
-    named = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    """The folder that CUDA_HOME or CUDA_PATH name, else that of the nvcc on PATH or in the usual places."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if folder := os.environ.get(name):
+            nvcc = Path(folder) / "bin" / "nvcc"
+            if not nvcc.is_file():
+                raise ToolkitError(f"{name} is {folder}, but there is no {nvcc}")
+            return real_home(nvcc)
     on_path = shutil.which("nvcc")
     usual = [Path("/usr/local/cuda/bin/nvcc"), *sorted(pip_packages.glob("*/bin/nvcc"))]
-    for nvcc in (*named, *([Path(on_path)] if on_path else []), *usual):
+    for nvcc in (*([Path(on_path)] if on_path else []), *usual):
         if nvcc.is_file():
             return real_home(nvcc)
     raise ToolkitError("no CUDA toolkit was found (nvcc is not on PATH, and CUDA_HOME is not set)")
