@@ -88,8 +88,8 @@ __device__ inline void first_places(const int64_t* __restrict__ totals, int buck
   __syncthreads();
 }
 
-// counts, totals: from sum_slices. A warp ranks kItems * 32 successive choices, 32 at a time: lanes with the same bucket
-// find each other by __match_any_sync.
+// counts, totals: from sum_slices. A warp ranks kItems * 32 successive choices, 32 at a time: lanes with the same
+// bucket find each other by __match_any_sync.
 __global__ void __launch_bounds__(kThreads)
     place_choices(const int64_t* __restrict__ index, Slices slices, int num_experts,
                   const int64_t* __restrict__ counts, const int64_t* __restrict__ totals, int64_t* __restrict__ order,
