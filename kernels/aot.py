@@ -373,10 +373,10 @@ def main(arguments: list[str] | None = None) -> int:
     work = list(jobs(options.arch, [s for s in SHAPES if s.name in options.shape]))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(compile_job, work, chunksize=4), total=len(work), desc="Compiling"))
-    rows += library_rows(options.arch)
     if options.summary:
-        print_summary(rows)
-    else:
+        print_summary(rows)  # of the Triton kernels, which are there on every architecture
+    rows += library_rows(options.arch)
+    if not options.summary:
         print_table(rows, options.markdown)
     if (cuda := extension.load_cuda()).path is None:
         print(f"\nNo CUDA kernels of csrc/cuda/: {cuda.reason}; {cuda.hint}")
