@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "experts.h"
 #include "ops.h"
 #include "parallel.h"
 #include "rows.h"
@@ -14,6 +15,20 @@ namespace {
 
 // Columns summed at a time: the fp32 (or fp64) sums of a block stay in the first-level cache.
 constexpr int64_t kBlockColumns = 512;
+
+template <typename T>
+void dot_rows(const T* a, const T* b, const int64_t* inverse, Accumulator<T>* out, int64_t tokens, int64_t width,
+              int64_t top_k) {
+  parallel_rows(tokens, width * top_k, [=](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
+        out[i] = dot_row(a + inverse[i] * width, b + t * width, width);
+      }
+    }
+  });
+}
+
+}  // namespace
 
 template <typename T>
 void combine_rows(const T* y, const int64_t* inverse, const Accumulator<T>* weights, T* out, int64_t tokens,
@@ -33,19 +48,10 @@ void combine_rows(const T* y, const int64_t* inverse, const Accumulator<T>* weig
   });
 }
 
-template <typename T>
-void dot_rows(const T* a, const T* b, const int64_t* inverse, Accumulator<T>* out, int64_t tokens, int64_t width,
-              int64_t top_k) {
-  parallel_rows(tokens, width * top_k, [=](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
-        out[i] = dot_row(a + inverse[i] * width, b + t * width, width);
-      }
-    }
-  });
-}
-
-}  // namespace
+template void combine_rows(const float*, const int64_t*, const float*, float*, int64_t, int64_t, int64_t);
+template void combine_rows(const double*, const int64_t*, const double*, double*, int64_t, int64_t, int64_t);
+template void combine_rows(const BFloat16*, const int64_t*, const float*, BFloat16*, int64_t, int64_t, int64_t);
+template void combine_rows(const Half*, const int64_t*, const float*, Half*, int64_t, int64_t, int64_t);
 
 Tensor weighted_scatter(const Tensor& y, const Tensor& inverse, int64_t top_k, const std::optional<Tensor>& weights) {
   const ArgumentCheck check("weighted_scatter");

@@ -13,6 +13,13 @@ STABLE_TORCH_LIBRARY(libmoe_fast, m) {
   m.def("gather(Tensor x, Tensor order, int top_k, Tensor? weights=None) -> Tensor");
   m.def("weighted_scatter(Tensor y, Tensor inverse, int top_k, Tensor? weights=None) -> Tensor");
   m.def("row_dot(Tensor a, Tensor b, Tensor inverse, int top_k) -> Tensor");
+  m.def(
+      "grouped_mlp(Tensor x, Tensor weights, Tensor order, Tensor inverse, Tensor offsets, Tensor w1, Tensor? b1, "
+      "Tensor w2, Tensor? b2, str activation, bool gated, bool keep_z) -> (Tensor y, Tensor z)");
+  m.def(
+      "grouped_mlp_backward(Tensor dy, Tensor x, Tensor weights, Tensor order, Tensor inverse, Tensor offsets, "
+      "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor z, str activation, bool gated, bool weight_grads) "
+      "-> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(libmoe_fast, CPU, m) {
@@ -20,4 +27,6 @@ STABLE_TORCH_LIBRARY_IMPL(libmoe_fast, CPU, m) {
   m.impl("gather", TORCH_BOX(&libmoe_fast::gather));
   m.impl("weighted_scatter", TORCH_BOX(&libmoe_fast::weighted_scatter));
   m.impl("row_dot", TORCH_BOX(&libmoe_fast::row_dot));
+  m.impl("grouped_mlp", TORCH_BOX(&libmoe_fast::grouped_mlp));
+  m.impl("grouped_mlp_backward", TORCH_BOX(&libmoe_fast::grouped_mlp_backward));
 }

@@ -1,4 +1,4 @@
-// The token permutation around the expert GEMMs, for the CPU.
+// The CPU ops: token permutation, and the experts between.
 //
 // T tokens choose K of N experts each; the T*K choices are numbered t*K + k ("flat id") and sorted by expert.
 #pragma once
@@ -7,7 +7,9 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 namespace libmoe_fast {
 
@@ -26,5 +28,20 @@ Tensor weighted_scatter(const Tensor& y, const Tensor& inverse, int64_t top_k, c
 
 // a [T*K, O], b [T, O], inverse [T*K] -> [T, K] in the accumulator's dtype: out[t, k] = <a[inverse[t*K + k]], b[t]>.
 Tensor row_dot(const Tensor& a, const Tensor& b, const Tensor& inverse, int64_t top_k);
+
+// The experts (experts.h) on tokens x [T, D] with gate weights [T, K] -> y [T, O] and, if keep_z, the pre-activation
+// z [T*K, H], gated [T*K, 2H], else [0, .]. w1 [N, H, D], gated [N, 2H, D]; b1 [N, H or 2H]; w2 [N, O, H]; b2 [N, O].
+std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, const Tensor& weights, const Tensor& order,
+                                       const Tensor& inverse, const Tensor& offsets, const Tensor& w1,
+                                       const std::optional<Tensor>& b1, const Tensor& w2,
+                                       const std::optional<Tensor>& b2, const std::string& activation, bool gated,
+                                       bool keep_z);
+
+// dy [T, O] -> [dx, dweights], then, with weight_grads, dw1, dw2, and db1, db2 for the biases there are.
+std::vector<Tensor> grouped_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& weights, const Tensor& order,
+                                         const Tensor& inverse, const Tensor& offsets, const Tensor& w1,
+                                         const std::optional<Tensor>& b1, const Tensor& w2,
+                                         const std::optional<Tensor>& b2, const Tensor& z,
+                                         const std::string& activation, bool gated, bool weight_grads);
 
 }  // namespace libmoe_fast

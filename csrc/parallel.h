@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace libmoe_fast {
@@ -18,6 +19,19 @@ template <typename Body>
 void parallel_rows(int64_t rows, int64_t width, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width));
   torch::stable::parallel_for(0, rows, grain, body);
+}
+
+// Calls body(task, worker) for every task of [0, tasks), worker < get_num_threads(). Threads take the next task when they
+// are free, so one that the system delays does not hold up the others; which thread runs a task must change nothing.
+template <typename Body>
+void for_each_task(int64_t tasks, const Body& body) {
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) body(task, worker);
+    }
+  });
 }
 
 }  // namespace libmoe_fast

@@ -1,9 +1,9 @@
-"""The `cpu` backend: C++ token permutation (csrc/) and grouped expert GEMMs (grouped_mlp.py), as torch.library ops."""
+"""The `cpu` backend: the C++ ops of csrc/, token permutation and experts; their fakes and autograd."""
 
 import torch
 from torch import Tensor
 
-from libmoe_fast import extension, grouped_mlp, reference
+from libmoe_fast import extension, reference
 
 _extension = extension.load()
 
@@ -22,7 +22,9 @@ def experts(
 ) -> Tensor:
     """y [T, O]; arguments as in `reference.experts`."""
     order, inverse, offsets = torch.ops.libmoe_fast.permute_index(index, w1.shape[0])
-    y, _ = grouped_mlp_op(x, weights, order, inverse, offsets, w1, b1, w2, b2, activation, gated)
+    tensors = (x, weights, order, inverse, offsets, w1, b1, w2, b2)
+    needs_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, _ = torch.ops.libmoe_fast.grouped_mlp(*tensors, activation, gated, needs_backward)
     return y
 
 
@@ -79,6 +81,49 @@ def _weighted_scatter_backward(ctx, grad: Tensor):
     return dy, None, None, dweights
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts (csrc/experts.h): backward saves x, z and the routing only
+
+
+def _grouped_mlp_fake(x, weights, order, inverse, offsets, w1, b1, w2, b2, activation, gated, keep_z):
+    z = x.new_empty(order.shape[0] if keep_z else 0, w1.shape[1])
+    return x.new_empty(x.shape[0], w2.shape[1]), z
+
+
+def _grouped_mlp_backward_fake(
+    dy, x, weights, order, inverse, offsets, w1, b1, w2, b2, z, activation, gated, weight_grads
+):
+    params = [p for p in (w1, w2, b1, b2) if p is not None] if weight_grads else []
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights, *params)]
+
+
+def _grouped_mlp_setup(ctx, inputs, output) -> None:
+    *tensors, ctx.activation, ctx.gated, ctx.keeps_z = inputs
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, z)
+
+
+def _grouped_mlp_backward(ctx, dy: Tensor | None, _dz: None):
+    if dy is None:
+        return (None,) * 12
+    if not ctx.keeps_z:
+        raise RuntimeError("grouped_mlp was called with keep_z=False, which has no backward; call it with keep_z=True")
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes on the first read and refuses a second
+    *_, b1, _w2, b2, _z = saved
+    weight_grads = any(ctx.needs_input_grad[5:9])
+    dx, dweights, *grads = torch.ops.libmoe_fast.grouped_mlp_backward(
+        dy, *saved, ctx.activation, ctx.gated, weight_grads
+    )
+    dw1 = dw2 = db1 = db2 = None
+    if weight_grads:
+        dw1, dw2, *biases = grads
+        db1 = biases.pop(0) if b1 is not None else None
+        db2 = biases.pop(0) if b2 is not None else None
+    return dx, dweights, None, None, None, dw1, db1, dw2, db2, None, None, None
+
+
 if _extension.loaded:
     torch.library.register_fake("libmoe_fast::permute_index", _permute_index_fake)
     torch.library.register_fake("libmoe_fast::gather", _gather_fake)
@@ -88,83 +133,8 @@ if _extension.loaded:
     torch.library.register_autograd(
         "libmoe_fast::weighted_scatter", _weighted_scatter_backward, setup_context=_permutation_setup
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grouped experts (grouped_mlp.py) as ops, so that a compiled graph sees no per-expert loop and no host sync
-
-
-@torch.library.custom_op("libmoe_fast::grouped_mlp", mutates_args=(), device_types="cpu")
-def grouped_mlp_op(
-    x: Tensor,
-    weights: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-    gated: bool,
-) -> tuple[Tensor, Tensor]:
-    return grouped_mlp.forward(x, weights, order, inverse, offsets, w1, b1, w2, b2, activation, gated)
-
-
-@grouped_mlp_op.register_fake
-def _(x, weights, order, inverse, offsets, w1, b1, w2, b2, activation, gated):
-    return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(order.shape[0], w1.shape[1])
-
-
-@torch.library.custom_op("libmoe_fast::grouped_mlp_backward", mutates_args=(), device_types="cpu")
-def grouped_mlp_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    z: Tensor,
-    activation: str,
-    gated: bool,
-    weight_grads: bool,
-) -> list[Tensor]:
-    return grouped_mlp.backward(
-        dy, x, weights, order, inverse, offsets, w1, b1, w2, b2, z, activation, gated, weight_grads
+    torch.library.register_fake("libmoe_fast::grouped_mlp", _grouped_mlp_fake)
+    torch.library.register_fake("libmoe_fast::grouped_mlp_backward", _grouped_mlp_backward_fake)
+    torch.library.register_autograd(
+        "libmoe_fast::grouped_mlp", _grouped_mlp_backward, setup_context=_grouped_mlp_setup
     )
-
-
-@grouped_mlp_backward_op.register_fake
-def _(dy, x, weights, order, inverse, offsets, w1, b1, w2, b2, z, activation, gated, weight_grads):
-    params = [p for p in (w1, w2, b1, b2) if p is not None] if weight_grads else []
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights, *params)]
-
-
-def _grouped_mlp_setup(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, ctx.gated = inputs
-    _, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, z)
-
-
-def _grouped_mlp_backward(ctx, dy: Tensor | None, _dz: None):
-    if dy is None:
-        return (None,) * 11
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes on the first read and refuses a second
-    *_, b1, _w2, b2, _z = saved
-    weight_grads = any(ctx.needs_input_grad[5:9])
-    dx, dweights, *grads = grouped_mlp_backward_op(dy, *saved, ctx.activation, ctx.gated, weight_grads)
-    dw1 = dw2 = db1 = db2 = None
-    if weight_grads:
-        dw1, dw2, *biases = grads
-        db1 = biases.pop(0) if b1 is not None else None
-        db2 = biases.pop(0) if b2 is not None else None
-    return dx, dweights, None, None, None, dw1, db1, dw2, db2, None, None
-
-
-grouped_mlp_op.register_autograd(_grouped_mlp_backward, setup_context=_grouped_mlp_setup)

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 NAME = "_cpu"
-OPS = ("permute_index", "gather", "weighted_scatter", "row_dot")
+PERMUTATION_OPS = ("permute_index", "gather", "weighted_scatter", "row_dot")
+OPS = (*PERMUTATION_OPS, "grouped_mlp", "grouped_mlp_backward")
 CUDA_NAME = "_cuda"
-CUDA_OPS = ("permute_index", "gather", "weighted_scatter", "row_dot")
+CUDA_OPS = PERMUTATION_OPS
 TORCH_FLOOR = (2, 13)  # as in setup.py
 
 _REBUILD = (

@@ -1,0 +1,155 @@
+#include "activations.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "rows.h"
+
+namespace libmoe_fast {
+
+namespace {
+
+// Inlined into every instruction set's version of the loops below.
+#define LIBMOE_FAST_INLINE inline __attribute__((always_inline))
+
+// e^x for x in [-87, 88], clamped outside: within 1 unit in the last place, no branches, no table.
+LIBMOE_FAST_INLINE float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
+  const float shifted = x * 1.44269504f + kRoundToInteger;
+  const float n = shifted - kRoundToInteger;
+  // ln 2 in two parts, so that n ln 2 loses nothing.
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.3814611e-3f;  // minimax for (e^r - 1 - r) / r^2 on |r| <= ln 2 / 2, relative error of e^r 3e-9
+  p = p * r + 8.368710e-3f;
+  p = p * r + 4.16683874e-2f;
+  p = p * r + 1.66665207e-1f;
+  p = p * r + 4.99999935e-1f;
+  p = (p * r) * r + r + 1.0f;
+  int32_t bits, exponent;
+  std::memcpy(&bits, &p, sizeof bits);
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  bits += static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23);
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+LIBMOE_FAST_INLINE double exponential(double x) { return std::exp(x); }
+
+template <typename Real>
+LIBMOE_FAST_INLINE Real sigmoid(Real x) {
+  return Real(1) / (Real(1) + exponential(-x));
+}
+
+// Phi(z) and phi(z) of the normal distribution. For z <= 0, Phi = e^(-z^2/2) q(t) with t = 1 / (1 + 0.34 |z|) and q a
+// minimax polynomial (relative error 3e-8): the tail keeps its relative accuracy, which (1 + erf) / 2 loses.
+LIBMOE_FAST_INLINE void normal(float z, float& cumulative, float& density) {
+  const float size = z < 0.0f ? -z : z;
+  const float bell = exponential(-0.5f * z * z);
+  const float t = 1.0f / (1.0f + 0.34f * size);
+  float q = -0.026120489f;
+  q = q * t + 0.13949956f;
+  q = q * t + -0.27313286f;
+  q = q * t + 0.2021828f;
+  q = q * t + -0.04471853f;
+  q = q * t + 0.115359195f;
+  q = q * t + 0.11519765f;
+  q = q * t + 0.1361122f;
+  q = q * t + 0.1356205f;
+  const float tail = bell * (q * t);
+  cumulative = z > 0.0f ? 1.0f - tail : tail;
+  density = bell * 0.39894228f;
+}
+
+LIBMOE_FAST_INLINE void normal(double z, double& cumulative, double& density) {
+  cumulative = 0.5 * std::erfc(-z * 0.70710678118654752440);
+  density = std::exp(-0.5 * z * z) * 0.39894228040143267794;
+}
+
+template <Activation kind, typename Real>
+LIBMOE_FAST_INLINE void evaluate(Real z, Real& value, Real& slope) {
+  if constexpr (kind == Activation::kGelu) {
+    Real cumulative, density;
+    normal(z, cumulative, density);
+    value = z * cumulative;
+    slope = cumulative + z * density;
+  } else if constexpr (kind == Activation::kGeluTanh) {
+    // (1 + tanh u) / 2 = sigmoid(2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
+    constexpr Real kTwice = Real(1.5957691216057308), kCubic = Real(0.044715);
+    const Real s = sigmoid(kTwice * (z + kCubic * z * z * z));
+    value = z * s;
+    slope = s + value * (Real(1) - s) * kTwice * (Real(1) + Real(3) * kCubic * z * z);
+  } else if constexpr (kind == Activation::kRelu) {
+    value = z <= Real(0) ? Real(0) : z;  // so NaN stays NaN
+    slope = z <= Real(0) ? Real(0) : Real(1);
+  } else {
+    constexpr Real kScale = kind == Activation::kQuickGelu ? Real(1.702) : Real(1);
+    const Real s = sigmoid(kScale * z);
+    value = z * s;
+    slope = s + kScale * value * (Real(1) - s);
+  }
+}
+
+}  // namespace
+
+template <Activation kind, typename Real>
+LIBMOE_FAST_ROW void activate_row(const Real* __restrict__ z, Real* __restrict__ value, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    Real slope;
+    evaluate<kind>(z[i], value[i], slope);
+  }
+}
+
+template <Activation kind, typename Real>
+LIBMOE_FAST_ROW void activate_row_with_slope(const Real* __restrict__ z, Real* __restrict__ value,
+                                             Real* __restrict__ slope, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) evaluate<kind>(z[i], value[i], slope[i]);
+}
+
+template <typename Real>
+void activate(Activation activation, const Real* z, Real* value, int64_t count) {
+  switch (activation) {
+    case Activation::kGelu: return activate_row<Activation::kGelu>(z, value, count);
+    case Activation::kGeluTanh: return activate_row<Activation::kGeluTanh>(z, value, count);
+    case Activation::kQuickGelu: return activate_row<Activation::kQuickGelu>(z, value, count);
+    case Activation::kRelu: return activate_row<Activation::kRelu>(z, value, count);
+    case Activation::kSilu: return activate_row<Activation::kSilu>(z, value, count);
+  }
+}
+
+template <typename Real>
+void activate_with_slope(Activation activation, const Real* z, Real* value, Real* slope, int64_t count) {
+  switch (activation) {
+    case Activation::kGelu: return activate_row_with_slope<Activation::kGelu>(z, value, slope, count);
+    case Activation::kGeluTanh: return activate_row_with_slope<Activation::kGeluTanh>(z, value, slope, count);
+    case Activation::kQuickGelu: return activate_row_with_slope<Activation::kQuickGelu>(z, value, slope, count);
+    case Activation::kRelu: return activate_row_with_slope<Activation::kRelu>(z, value, slope, count);
+    case Activation::kSilu: return activate_row_with_slope<Activation::kSilu>(z, value, slope, count);
+  }
+}
+
+template void activate(Activation, const float*, float*, int64_t);
+template void activate(Activation, const double*, double*, int64_t);
+template void activate_with_slope(Activation, const float*, float*, float*, int64_t);
+template void activate_with_slope(Activation, const double*, double*, double*, int64_t);
+
+bool find_activation(const std::string& name, Activation& found) {
+  static constexpr struct {
+    const char* name;
+    Activation activation;
+  } kNames[] = {{"gelu", Activation::kGelu},
+                {"gelu_pytorch_tanh", Activation::kGeluTanh},
+                {"quick_gelu", Activation::kQuickGelu},
+                {"relu", Activation::kRelu},
+                {"silu", Activation::kSilu}};
+  for (const auto& entry : kNames) {
+    if (name == entry.name) {
+      found = entry.activation;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace libmoe_fast

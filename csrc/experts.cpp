@@ -1,0 +1,222 @@
+// grouped_mlp and grouped_mlp_backward: arguments checked, results allocated, one of the two ways chosen.
+#include "experts.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "checks.h"
+#include "ops.h"
+#include "scratch.h"
+#include "tile_gemm.h"
+
+namespace libmoe_fast {
+
+namespace {
+
+// Contiguous arguments, held as long as the pointers into them are used.
+struct ExpertTensors {
+  Tensor x, weights, order, inverse, offsets, w1, w2;
+  std::optional<Tensor> b1, b2;
+};
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+// The arguments that forward and backward share, checked.
+class ExpertArguments {
+ public:
+  ExpertArguments(const ArgumentCheck& check, const ExpertTensors& given, const std::string& activation, bool gated)
+      : gated_(gated) {
+    const Tensor &x = given.x, &w1 = given.w1, &w2 = given.w2;
+    check.shape(x, "x", "[T, D]", {-1, -1});
+    check.floating(x, "x");
+    check.shape(w1, "w1", "[N, H, D], gated [N, 2H, D]", {-1, -1, x.size(1)});
+    check.same_dtype(w1, "w1", x, "x");
+    const int64_t experts = w1.size(0), up = w1.size(1), hidden = gated ? up / 2 : up;
+    if (gated && up % 2 != 0) check.fail("expected an even number of rows in gated `w1`, got ", up);
+    check.shape(w2, "w2", "[N, O, H]", {experts, -1, hidden});
+    check.same_dtype(w2, "w2", x, "x");
+    check_bias(check, given.b1, "b1", experts, up, x);
+    check_bias(check, given.b2, "b2", experts, w2.size(1), x);
+    check.shape(given.weights, "weights", "[T, top_k]", {x.size(0), -1});
+    check.between(given.weights.size(1), "top_k", 1, INT32_MAX);
+    if (!find_activation(activation, activation_)) {
+      check.fail("expected `activation` gelu, gelu_pytorch_tanh, quick_gelu, relu or silu, got ", activation);
+    }
+    held_ = {torch::stable::contiguous(x),
+             *check.weights(given.weights, x.size(0), given.weights.size(1), x, "x"),
+             permutation(check, given.order, "order"),
+             permutation(check, given.inverse, "inverse"),
+             row_bounds(check, given.offsets, experts),
+             torch::stable::contiguous(w1),
+             torch::stable::contiguous(w2),
+             contiguous(given.b1),
+             contiguous(given.b2)};
+    check_permutation(check);
+  }
+
+  const ExpertTensors& tensors() const { return held_; }
+  int64_t choices() const { return held_.order.size(0); }
+
+  template <typename T>
+  ExpertInputs<T> inputs() const {
+    const ExpertTensors& t = held_;
+    const auto optional = [](const std::optional<Tensor>& tensor) {
+      return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+    };
+    return {.tokens = t.x.size(0),
+            .top_k = t.weights.size(1),
+            .choices = choices(),
+            .experts = t.w1.size(0),
+            .in = t.x.size(1),
+            .hidden = t.w2.size(2),
+            .up = t.w1.size(1),
+            .out = t.w2.size(1),
+            .activation = activation_,
+            .gated = gated_,
+            .x = t.x.const_data_ptr<T>(),
+            .weights = t.weights.const_data_ptr<Accumulator<T>>(),
+            .order = t.order.const_data_ptr<int64_t>(),
+            .inverse = t.inverse.const_data_ptr<int64_t>(),
+            .offsets = t.offsets.const_data_ptr<int64_t>(),
+            .w1 = t.w1.const_data_ptr<T>(),
+            .b1 = optional(t.b1),
+            .w2 = t.w2.const_data_ptr<T>(),
+            .b2 = optional(t.b2)};
+  }
+
+ private:
+  static void check_bias(const ArgumentCheck& check, const std::optional<Tensor>& bias, const char* name,
+                         int64_t experts, int64_t width, const Tensor& x) {
+    if (!bias.has_value()) return;
+    check.shape(*bias, name, "[N, width of its layer]", {experts, width});
+    check.same_dtype(*bias, name, x, "x");
+  }
+
+  static Tensor permutation(const ArgumentCheck& check, const Tensor& given, const char* name) {
+    check.shape(given, name, "[T*top_k]", {-1});
+    check.int64(given, name);
+    return torch::stable::contiguous(given);
+  }
+
+  // Offsets decide where rows are read and written, so they are checked like an index.
+  static Tensor row_bounds(const ArgumentCheck& check, const Tensor& given, int64_t experts) {
+    check.shape(given, "offsets", "[N+1]", {experts + 1});
+    check.int64(given, "offsets");
+    return torch::stable::contiguous(given);
+  }
+
+  void check_permutation(const ArgumentCheck& check) const {
+    check.choices(choices(), "order", held_.x.size(0), held_.weights.size(1));
+    check.choices(held_.inverse.size(0), "inverse", held_.x.size(0), held_.weights.size(1));
+    check.entries(held_.order, "order", choices());
+    check.entries(held_.inverse, "inverse", choices());
+    const auto* bounds = held_.offsets.const_data_ptr<int64_t>();
+    const int64_t experts = held_.w1.size(0);
+    bool ascending = bounds[0] == 0 && bounds[experts] == choices();
+    for (int64_t expert = 0; expert < experts; ++expert) ascending &= bounds[expert] <= bounds[expert + 1];
+    if (!ascending) check.fail("expected `offsets` to ascend from 0 to T * top_k = ", choices());
+  }
+
+  bool gated_;
+  Activation activation_;
+  ExpertTensors held_;
+};
+
+template <typename T>
+constexpr bool kHasTiles = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
+
+// The gradients of an expert without tokens are zeros; nothing else writes them.
+template <typename T>
+void zero_idle_experts(const ExpertInputs<T>& inputs, const ExpertGradients<T>& gradients) {
+  const auto zero = [](T* stacked, int64_t expert, int64_t size) {
+    if (stacked != nullptr) std::fill_n(stacked + expert * size, size, T(0));
+  };
+  for (int64_t expert = 0; expert < inputs.experts; ++expert) {
+    if (inputs.rows_of(expert) > 0) continue;
+    zero(gradients.dw1, expert, inputs.up * inputs.in);
+    zero(gradients.dw2, expert, inputs.out * inputs.hidden);
+    zero(gradients.db1, expert, inputs.up);
+    zero(gradients.db2, expert, inputs.out);
+  }
+}
+
+template <typename T>
+T* large(Tensor& tensor) {
+  advise_large_pages(tensor.mutable_data_ptr(), tensor.numel() * sizeof(T));
+  return tensor.mutable_data_ptr<T>();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, const Tensor& weights, const Tensor& order,
+                                       const Tensor& inverse, const Tensor& offsets, const Tensor& w1,
+                                       const std::optional<Tensor>& b1, const Tensor& w2,
+                                       const std::optional<Tensor>& b2, const std::string& activation, bool gated,
+                                       bool keep_z) {
+  const ArgumentCheck check("grouped_mlp");
+  const ExpertArguments arguments(check, {x, weights, order, inverse, offsets, w1, w2, b1, b2}, activation, gated);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), w2.size(1)});                                // [T, O]
+  Tensor z = torch::stable::new_empty(x, {keep_z ? arguments.choices() : 0, w1.size(1)});  // [T*K, H or 2H]
+  dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
+    const ExpertInputs<T> inputs = arguments.inputs<T>();
+    T* kept = keep_z ? large<T>(z) : nullptr;
+    if constexpr (kHasTiles<T>) {
+      if (tiles_pay(x.scalar_type())) return forward_in_tiles<T>(inputs, kept, y.mutable_data_ptr<T>());
+    }
+    forward_with_mm<T>(inputs, kept, y.mutable_data_ptr<T>());
+  });
+  return {y, z};
+}
+
+std::vector<Tensor> grouped_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& weights, const Tensor& order,
+                                         const Tensor& inverse, const Tensor& offsets, const Tensor& w1,
+                                         const std::optional<Tensor>& b1, const Tensor& w2,
+                                         const std::optional<Tensor>& b2, const Tensor& z,
+                                         const std::string& activation, bool gated, bool weight_grads) {
+  const ArgumentCheck check("grouped_mlp_backward");
+  const ExpertArguments arguments(check, {x, weights, order, inverse, offsets, w1, w2, b1, b2}, activation, gated);
+  check.shape(dy, "dy", "[T, O]", {x.size(0), w2.size(1)});
+  check.same_dtype(dy, "dy", x, "x");
+  check.shape(z, "z", "[T*top_k, H], gated [T*top_k, 2H]", {arguments.choices(), w1.size(1)});
+  check.same_dtype(z, "z", x, "x");
+  const Tensor grad = torch::stable::contiguous(dy), hidden = torch::stable::contiguous(z);
+  const ExpertTensors& tensors = arguments.tensors();
+
+  const auto like = [](const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); };
+  std::vector<Tensor> results{like(tensors.x), like(tensors.weights)};
+  if (weight_grads) {
+    results.push_back(like(tensors.w1));
+    results.push_back(like(tensors.w2));
+    if (b1.has_value()) results.push_back(like(*tensors.b1));
+    if (b2.has_value()) results.push_back(like(*tensors.b2));
+  }
+  dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
+    const ExpertInputs<T> inputs = arguments.inputs<T>();
+    ExpertGradients<T> gradients{results[0].mutable_data_ptr<T>(), results[1].mutable_data_ptr<Accumulator<T>>(),
+                                 nullptr, nullptr, nullptr, nullptr};
+    if (weight_grads) {
+      gradients.dw1 = large<T>(results[2]);
+      gradients.dw2 = large<T>(results[3]);
+      if (b1.has_value()) gradients.db1 = results[4].mutable_data_ptr<T>();
+      if (b2.has_value()) gradients.db2 = results.back().mutable_data_ptr<T>();
+    }
+    zero_idle_experts(inputs, gradients);
+    if constexpr (kHasTiles<T>) {
+      if (tiles_pay(x.scalar_type())) {
+        return backward_in_tiles<T>(inputs, grad.const_data_ptr<T>(), hidden.const_data_ptr<T>(), gradients);
+      }
+    }
+    backward_with_mm<T>(inputs, grad.const_data_ptr<T>(), hidden.const_data_ptr<T>(), gradients);
+  });
+  results[1] = torch::stable::to(results[1], weights.scalar_type());
+  return results;
+}
+
+}  // namespace libmoe_fast

@@ -1,0 +1,226 @@
+#include "tile_gemm.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LIBMOE_FAST_TILES 1
+// GCC 12 takes the undefined operand of its own unmasked intrinsics for a mistake (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#endif
+
+namespace libmoe_fast {
+
+#ifdef LIBMOE_FAST_TILES
+
+#define LIBMOE_FAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define LIBMOE_FAST_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+bool tiles_pay(ScalarType dtype) {
+  static const bool fp32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl");
+  // AMX multiplies bf16 many times faster than AVX-512, and oneDNN, behind torch's mm, uses it.
+  static const bool bf16 = fp32 && __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-bf16");
+  const char* choice = std::getenv("LIBMOE_FAST_CPU_GEMM");
+  if (choice != nullptr && std::string(choice) == "torch") return false;
+  return dtype == ScalarType::Float ? fp32 : dtype == ScalarType::BFloat16 && bf16;
+}
+
+namespace {
+
+// GCC keeps the accumulators in registers only if every loop over them is unrolled.
+#define LIBMOE_FAST_UNROLL _Pragma("GCC unroll 16")
+
+template <int kRows>
+LIBMOE_FAST_AVX512_BF16 void multiply_bf16(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile) {
+  __m512 sum[kRows][2];
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+  for (; steps > 0; --steps, left += kTileRows, right += kTileColumns) {
+    const __m512bh right0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(right));
+    const __m512bh right1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(right + 16));
+    LIBMOE_FAST_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh word = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(left[i])));
+      sum[i][0] = _mm512_dpbf16_ps(sum[i][0], word, right0);
+      sum[i][1] = _mm512_dpbf16_ps(sum[i][1], word, right1);
+    }
+  }
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    _mm512_storeu_ps(tile + i * kTileColumns, sum[i][0]);
+    _mm512_storeu_ps(tile + i * kTileColumns + 16, sum[i][1]);
+  }
+}
+
+template <int kRows>
+LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile) {
+  __m512 sum[kRows][2];
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+  for (; steps > 0; --steps, left += kTileRows, right += kTileColumns) {
+    const __m512 right0 = _mm512_loadu_ps(right), right1 = _mm512_loadu_ps(right + 16);
+    LIBMOE_FAST_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const __m512 word = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(left[i])));
+      sum[i][0] = _mm512_fmadd_ps(word, right0, sum[i][0]);
+      sum[i][1] = _mm512_fmadd_ps(word, right1, sum[i][1]);
+    }
+  }
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    _mm512_storeu_ps(tile + i * kTileColumns, sum[i][0]);
+    _mm512_storeu_ps(tile + i * kTileColumns + 16, sum[i][1]);
+  }
+}
+
+// 16 x 16 words: row i of `block` becomes column i.
+LIBMOE_FAST_AVX512 inline void transpose(__m512i (&block)[16]) {
+  __m512i pairs[16], quads[16];
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(block[i], block[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(block[i], block[i + 1]);
+  }
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < 16; i += 4) {
+    quads[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    quads[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    quads[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    quads[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    // Lane l of quads[i + 4q] holds column 4l + i of rows 4q to 4q + 3.
+    const __m512i low = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0x88);
+    const __m512i high = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0x88);
+    const __m512i low_odd = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0xdd);
+    const __m512i high_odd = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0xdd);
+    block[i] = _mm512_shuffle_i32x4(low, high, 0x88);
+    block[i + 8] = _mm512_shuffle_i32x4(low, high, 0xdd);
+    block[i + 4] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+    block[i + 12] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+  }
+}
+
+// Up to 16 rows of `bytes` bytes into words [step * width + row].
+LIBMOE_FAST_AVX512 void pack_16_rows(const char* const* rows, int count, int64_t bytes, int64_t steps, int width,
+                                     __mmask16 columns, uint32_t* packed) {
+  for (int64_t step = 0; step < steps; step += 16) {
+    const int64_t halves = std::clamp<int64_t>((bytes - step * 4) / 2, 0, 32);  // 16-bit units left in these rows
+    const __mmask32 valid = halves == 32 ? ~__mmask32{0} : (__mmask32{1} << halves) - 1;
+    __m512i block[16];
+    LIBMOE_FAST_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      block[i] = i < count ? _mm512_maskz_loadu_epi16(valid, rows[i] + step * 4) : _mm512_setzero_si512();
+    }
+    transpose(block);
+    uint32_t* out = packed + step * width;
+    const int64_t left = std::min<int64_t>(16, steps - step);
+    if (left == 16) {
+      LIBMOE_FAST_UNROLL
+      for (int i = 0; i < 16; ++i) _mm512_mask_storeu_epi32(out + i * width, columns, block[i]);
+    } else {
+      for (int i = 0; i < left; ++i) _mm512_mask_storeu_epi32(out + i * width, columns, block[i]);
+    }
+  }
+}
+
+LIBMOE_FAST_AVX512 inline __m512i load_or_zero(__mmask32 valid, const void* row) {
+  return row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row);
+}
+
+LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t column, int count, int64_t steps,
+                                          int width, uint32_t* packed) {
+  alignas(64) uint16_t interleave[2][32];
+  for (int i = 0; i < 32; ++i) {
+    interleave[0][i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    interleave[1][i] = static_cast<uint16_t>(interleave[0][i] + 16);
+  }
+  const __m512i first = _mm512_load_si512(interleave[0]), second = _mm512_load_si512(interleave[1]);
+  const __mmask32 valid = count == 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+  const __mmask16 columns = width >= 16 ? __mmask16(~0) : static_cast<__mmask16>((1u << width) - 1);
+  for (int64_t step = 0; step < steps; ++step, packed += width, rows += 2) {
+    const __m512i even = load_or_zero(valid, rows[0] == nullptr ? nullptr : rows[0] + column);
+    const __m512i odd = load_or_zero(valid, rows[1] == nullptr ? nullptr : rows[1] + column);
+    _mm512_mask_storeu_epi32(packed, columns, _mm512_permutex2var_epi16(even, first, odd));
+    if (width > 16) _mm512_storeu_si512(packed + 16, _mm512_permutex2var_epi16(even, second, odd));
+  }
+}
+
+LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t column, int count, int64_t steps, int width,
+                                          uint32_t* packed) {
+  const auto mask = [](int bits) { return static_cast<__mmask16>((1u << std::clamp(bits, 0, 16)) - 1); };
+  const __mmask16 low = mask(count), high = mask(count - 16), columns = mask(width);
+  for (int64_t step = 0; step < steps; ++step, packed += width) {
+    const bool zero = rows[step] == nullptr;
+    const float* row = zero ? nullptr : rows[step] + column;
+    const __m512 left = zero ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(low, row);
+    _mm512_mask_storeu_ps(packed, columns, left);
+    if (width > 16) _mm512_storeu_ps(packed + 16, zero ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(high, row + 16));
+  }
+}
+
+using Multiply = void (*)(int64_t, const uint32_t*, const uint32_t*, float*);
+constexpr Multiply kMultiplyBf16[] = {multiply_bf16<2>, multiply_bf16<4>,  multiply_bf16<6>, multiply_bf16<8>,
+                                      multiply_bf16<10>, multiply_bf16<12>, multiply_bf16<14>};
+constexpr Multiply kMultiplyFp32[] = {multiply_fp32<2>, multiply_fp32<4>,  multiply_fp32<6>, multiply_fp32<8>,
+                                      multiply_fp32<10>, multiply_fp32<12>, multiply_fp32<14>};
+
+}  // namespace
+
+template <typename T>
+void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile) {
+  const auto& table = std::is_same_v<T, float> ? kMultiplyFp32 : kMultiplyBf16;
+  table[(rows - 1) / 2](steps, left, right, tile);
+}
+
+template <typename T>
+void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed) {
+  const auto* bytes = reinterpret_cast<const char* const*>(rows);
+  for (int first = 0; first < width; first += 16) {
+    const auto columns = static_cast<__mmask16>((1u << std::min(16, width - first)) - 1);
+    pack_16_rows(bytes + first, std::max(0, count - first), elements * static_cast<int64_t>(sizeof(T)), steps, width,
+                 columns, packed + first);
+  }
+}
+
+template <typename T>
+void pack_across(const T* const* rows, int64_t column, int count, int64_t steps, int width, uint32_t* packed) {
+  pack_across_words(rows, column, count, steps, width, packed);
+}
+
+#else  // No instructions for which this layout was made: torch's mm does the work, and none of these is called.
+
+bool tiles_pay(ScalarType) { return false; }
+
+template <typename T>
+void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*) {
+  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
+}
+
+template <typename T>
+void pack_along(const T* const*, int, int64_t, int64_t, int, uint32_t*) {
+  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
+}
+
+template <typename T>
+void pack_across(const T* const*, int64_t, int, int64_t, int, uint32_t*) {
+  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
+}
+
+#endif
+
+#define LIBMOE_FAST_INSTANTIATE(T)                                                          \
+  template void multiply_tile<T>(int, int64_t, const uint32_t*, const uint32_t*, float*);   \
+  template void pack_along<T>(const T* const*, int, int64_t, int64_t, int, uint32_t*);      \
+  template void pack_across<T>(const T* const*, int64_t, int, int64_t, int, uint32_t*);
+LIBMOE_FAST_INSTANTIATE(float)
+LIBMOE_FAST_INSTANTIATE(BFloat16)
+
+}  // namespace libmoe_fast

@@ -1,0 +1,121 @@
+// What happens to a tile of a GEMM's result while it is in cache: bias, activation, rounding, and their gradients.
+//
+// A tile is [kTileRows, kTileColumns] in the accumulator's type, of which `rows` x `columns` are part of the matrix and
+// the rest is zero. Written for the vectoriser: the inner loops have a fixed length.
+#pragma once
+
+#include <cstdint>
+
+#include "activations.h"
+#include "rows.h"
+#include "tile_gemm.h"
+
+namespace libmoe_fast {
+
+constexpr int kTileSize = kTileRows * kTileColumns;
+
+// tile = matrix [rows, columns], zeros around it
+template <typename T>
+LIBMOE_FAST_ROW void load_tile(Accumulator<T>* __restrict__ tile, const T* __restrict__ matrix, int64_t stride,
+                               int rows, int columns) {
+  for (int i = 0; i < rows; ++i) {
+    Accumulator<T>* row = tile + i * kTileColumns;
+    if (columns == kTileColumns) {
+      for (int j = 0; j < kTileColumns; ++j) row[j] = static_cast<Accumulator<T>>(matrix[i * stride + j]);
+    } else {
+      for (int j = 0; j < columns; ++j) row[j] = static_cast<Accumulator<T>>(matrix[i * stride + j]);
+      for (int j = columns; j < kTileColumns; ++j) row[j] = 0;
+    }
+  }
+}
+
+// matrix = tile, rounded
+template <typename T>
+LIBMOE_FAST_ROW void store_tile(T* __restrict__ matrix, int64_t stride, const Accumulator<T>* __restrict__ tile,
+                                int rows, int columns) {
+  for (int i = 0; i < rows; ++i) {
+    const Accumulator<T>* row = tile + i * kTileColumns;
+    if (columns == kTileColumns) {
+      for (int j = 0; j < kTileColumns; ++j) matrix[i * stride + j] = static_cast<T>(row[j]);
+    } else {
+      for (int j = 0; j < columns; ++j) matrix[i * stride + j] = static_cast<T>(row[j]);
+    }
+  }
+}
+
+// tile += bias, rounded to T: what backward will read is what the activation sees.
+template <typename T>
+LIBMOE_FAST_ROW void add_bias(Accumulator<T>* __restrict__ tile, const T* __restrict__ bias, int rows, int columns) {
+  Accumulator<T> wide[kTileColumns] = {};
+  if (bias != nullptr) {
+    for (int j = 0; j < columns; ++j) wide[j] = static_cast<Accumulator<T>>(bias[j]);
+  }
+  for (int i = 0; i < rows; ++i) {
+    Accumulator<T>* row = tile + i * kTileColumns;
+    for (int j = 0; j < kTileColumns; ++j) {
+      row[j] = static_cast<Accumulator<T>>(static_cast<T>(row[j] + wide[j]));
+    }
+  }
+}
+
+// left *= right
+template <typename Real>
+LIBMOE_FAST_ROW void multiply_elements(Real* __restrict__ left, const Real* __restrict__ right, int rows) {
+  for (int i = 0; i < rows * kTileColumns; ++i) left[i] *= right[i];
+}
+
+// Sum of a row of kTileColumns values in a fixed order.
+template <typename Real>
+inline __attribute__((always_inline)) Real sum_row(Real* __restrict__ row) {
+  for (int half = kTileColumns / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) row[j] += row[j + half];
+  }
+  return row[0];
+}
+
+// The plain MLP's gradients from g = W2^T dy, the recomputed value = act(z) and slope = act'(z):
+// dots[i] = <g_i, value_i>, value = weight * value, g = dz = weight * g * slope, sums[j] += sum over i of dz[i, j].
+template <typename Real>
+LIBMOE_FAST_ROW void activation_gradients(Real* __restrict__ g, Real* __restrict__ value,
+                                          const Real* __restrict__ slope, const Real* __restrict__ weight,
+                                          Real* __restrict__ dots, Real* __restrict__ sums, int rows) {
+  for (int i = 0; i < rows; ++i) {
+    const int64_t row = i * kTileColumns;
+    Real products[kTileColumns];
+    for (int j = 0; j < kTileColumns; ++j) {
+      products[j] = g[row + j] * value[row + j];
+      const Real dz = weight[i] * g[row + j] * slope[row + j];
+      value[row + j] *= weight[i];
+      g[row + j] = dz;
+      sums[j] += dz;
+    }
+    dots[i] = sum_row(products);
+  }
+}
+
+// The same for a gated MLP, a = act(gate) * up: value becomes weight * a, g the gradient by gate, up that by up.
+template <typename Real>
+LIBMOE_FAST_ROW void gated_gradients(Real* __restrict__ g, Real* __restrict__ up, Real* __restrict__ value,
+                                     const Real* __restrict__ slope, const Real* __restrict__ weight,
+                                     Real* __restrict__ dots, Real* __restrict__ gate_sums,
+                                     Real* __restrict__ up_sums, int rows) {
+  for (int i = 0; i < rows; ++i) {
+    const int64_t row = i * kTileColumns;
+    Real products[kTileColumns];
+    for (int j = 0; j < kTileColumns; ++j) {
+      const Real a = value[row + j] * up[row + j];
+      products[j] = g[row + j] * a;
+      const Real scaled = weight[i] * g[row + j];
+      const Real dgate = scaled * up[row + j] * slope[row + j];
+      const Real dup = scaled * value[row + j];
+      value[row + j] = weight[i] * a;
+      g[row + j] = dgate;
+      up[row + j] = dup;
+      gate_sums[j] += dgate;
+      up_sums[j] += dup;
+    }
+    dots[i] = sum_row(products);
+  }
+}
+
+}  // namespace libmoe_fast
