@@ -5,6 +5,11 @@
 
 #include "rows.h"
 
+// Fused multiply-adds halve the polynomials. Bits may then differ between machines, as those of the GEMMs around do.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
 namespace libmoe_fast {
 
 namespace {

@@ -147,12 +147,6 @@ void zero_idle_experts(const ExpertInputs<T>& inputs, const ExpertGradients<T>& 
   }
 }
 
-template <typename T>
-T* large(Tensor& tensor) {
-  advise_large_pages(tensor.mutable_data_ptr(), tensor.numel() * sizeof(T));
-  return tensor.mutable_data_ptr<T>();
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, const Tensor& weights, const Tensor& order,
@@ -162,11 +156,11 @@ std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, const Tensor& weights, c
                                        bool keep_z) {
   const ArgumentCheck check("grouped_mlp");
   const ExpertArguments arguments(check, {x, weights, order, inverse, offsets, w1, w2, b1, b2}, activation, gated);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), w2.size(1)});                                // [T, O]
-  Tensor z = torch::stable::new_empty(x, {keep_z ? arguments.choices() : 0, w1.size(1)});  // [T*K, H or 2H]
+  Tensor y = new_tensor(x, {x.size(0), w2.size(1)});                                // [T, O]
+  Tensor z = new_tensor(x, {keep_z ? arguments.choices() : 0, w1.size(1)});  // [T*K, H or 2H]
   dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
     const ExpertInputs<T> inputs = arguments.inputs<T>();
-    T* kept = keep_z ? large<T>(z) : nullptr;
+    T* kept = keep_z ? z.mutable_data_ptr<T>() : nullptr;
     if constexpr (kHasTiles<T>) {
       if (tiles_pay(x.scalar_type())) return forward_in_tiles<T>(inputs, kept, y.mutable_data_ptr<T>());
     }
@@ -189,21 +183,22 @@ std::vector<Tensor> grouped_mlp_backward(const Tensor& dy, const Tensor& x, cons
   const Tensor grad = torch::stable::contiguous(dy), hidden = torch::stable::contiguous(z);
   const ExpertTensors& tensors = arguments.tensors();
 
-  const auto like = [](const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); };
-  std::vector<Tensor> results{like(tensors.x), like(tensors.weights)};
+  const auto matrix = [](const Tensor& like) { return new_tensor(like, {like.size(0), like.size(1)}); };
+  const auto stacked = [](const Tensor& like) { return new_tensor(like, {like.size(0), like.size(1), like.size(2)}); };
+  std::vector<Tensor> results{matrix(tensors.x), matrix(tensors.weights)};
   if (weight_grads) {
-    results.push_back(like(tensors.w1));
-    results.push_back(like(tensors.w2));
-    if (b1.has_value()) results.push_back(like(*tensors.b1));
-    if (b2.has_value()) results.push_back(like(*tensors.b2));
+    results.push_back(stacked(tensors.w1));
+    results.push_back(stacked(tensors.w2));
+    if (b1.has_value()) results.push_back(matrix(*tensors.b1));
+    if (b2.has_value()) results.push_back(matrix(*tensors.b2));
   }
   dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
     const ExpertInputs<T> inputs = arguments.inputs<T>();
     ExpertGradients<T> gradients{results[0].mutable_data_ptr<T>(), results[1].mutable_data_ptr<Accumulator<T>>(),
                                  nullptr, nullptr, nullptr, nullptr};
     if (weight_grads) {
-      gradients.dw1 = large<T>(results[2]);
-      gradients.dw2 = large<T>(results[3]);
+      gradients.dw1 = results[2].mutable_data_ptr<T>();
+      gradients.dw2 = results[3].mutable_data_ptr<T>();
       if (b1.has_value()) gradients.db1 = results[4].mutable_data_ptr<T>();
       if (b2.has_value()) gradients.db2 = results.back().mutable_data_ptr<T>();
     }

@@ -388,11 +388,13 @@ class Backward {
                     at<uint32_t>(dys_) + (unit.strip + strip) * dy_steps_ * kTileRows);
     });
     if (!weight_grads()) return;
-    for_each_task(group.spans.size() * in_panels_, [&](int64_t task, int64_t) {
-      const ExpertSpan& span = group.spans[task / in_panels_];
-      const int64_t column = task % in_panels_ * kTileColumns, steps = span_steps(span);
-      pack_across<T>(at<const T*>(x_rows_) + span.padded_row, column, tile_extent(in_.in, column, kTileColumns), steps,
-                     kTileColumns, right_of(xs_right_, span, in_panels_) + task % in_panels_ * steps * kTileColumns);
+    const int64_t blocks = divide_up(in_panels_, kMostPanels);
+    for_each_task(group.spans.size() * blocks, [&](int64_t task, int64_t) {
+      const ExpertSpan& span = group.spans[task / blocks];
+      const int64_t panel = task % blocks * kMostPanels, column = panel * kTileColumns, steps = span_steps(span);
+      pack_across<T>(at<const T*>(x_rows_) + span.padded_row, column,
+                     std::min(kMostPanels * kTileColumns, in_.in - column), steps, kTileColumns,
+                     right_of(xs_right_, span, in_panels_) + panel * steps * kTileColumns);
     });
   }
 
@@ -412,11 +414,9 @@ class Backward {
       const T** rows = local_rows(worker);
       const T* weight = in_.w2 + unit.expert * in_.out * in_.hidden;
       for (int64_t i = 0; i < dy_steps_ * kPerWord<T>; ++i) rows[i] = i < in_.out ? weight + i * in_.hidden : nullptr;
-      for (int64_t panel = first; panel < last; ++panel) {
-        const int64_t column = panel * kTileColumns;
-        pack_across<T>(rows, column, tile_extent(in_.hidden, column, kTileColumns), dy_steps_, kTileColumns,
-                       local(worker) + (panel - first) * panel_words);
-      }
+      const int64_t column = first * kTileColumns;
+      pack_across<T>(rows, column, std::min(in_.hidden, last * kTileColumns) - column, dy_steps_, kTileColumns,
+                     local(worker));
       float* sums = at<float>(sums_) + number * hidden_panels_ * 2 * kTileColumns;
       std::fill(sums + first * 2 * kTileColumns, sums + last * 2 * kTileColumns, 0.0f);
       hidden_gradient_tiles(group, unit, span_of(group, unit.expert), local(worker), first, last, sums);
@@ -498,16 +498,13 @@ class Backward {
     const T** rows = local_rows(worker);
     const T* weight = in_.w1 + unit.expert * in_.up * in_.in;
     const int64_t half = hidden_panels_ * kTileColumns;  // dz is packed in whole panels, gate and up each
-    for (int64_t i = 0; i < dz_steps_ * kPerWord<T>; ++i) {
-      const int64_t hidden = i % half;
-      rows[i] = hidden < in_.hidden ? weight + (i / half * in_.hidden + hidden) * in_.in : nullptr;
+    for (int64_t begin = 0; begin < dz_steps_ * kPerWord<T>; begin += half, weight += in_.hidden * in_.in) {
+      for (int64_t i = 0; i < in_.hidden; ++i) rows[begin + i] = weight + i * in_.in;
+      std::fill(rows + begin + in_.hidden, rows + begin + half, nullptr);
     }
     uint32_t* right = local(worker);
-    for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t column = panel * kTileColumns;
-      pack_across<T>(rows, column, tile_extent(in_.in, column, kTileColumns), dz_steps_, kTileColumns,
-                     right + (panel - first) * dz_steps_ * kTileColumns);
-    }
+    const int64_t column = first * kTileColumns;
+    pack_across<T>(rows, column, std::min(in_.in, last * kTileColumns) - column, dz_steps_, kTileColumns, right);
     alignas(64) float tile[kTileSize];
     multiply_unit<T>(unit, dz_steps_, at<uint32_t>(dz_left_), right, first, last, in_.in, tile,
                      [&](const TilePlace& place, int64_t, int64_t) {
@@ -520,11 +517,9 @@ class Backward {
                     const uint32_t* right, int64_t width, T* gradient, int64_t worker) {
     const int64_t steps = span_steps(span);
     uint32_t* left = local(worker);
-    for (int64_t strip = first; strip < last; ++strip) {
-      const int64_t row = strip * kTileRows;
-      pack_across<T>(at<const T*>(rows) + span.padded_row, row, tile_extent(height, row, kTileRows), steps, kTileRows,
-                     left + (strip - first) * steps * kTileRows);
-    }
+    const int64_t row = first * kTileRows;
+    pack_across<T>(at<const T*>(rows) + span.padded_row, row, std::min(height, last * kTileRows) - row, steps, kTileRows,
+                   left);
     alignas(64) float tile[kTileSize];
     for (int64_t panel = 0; panel < panels_of(width); ++panel) {
       const int64_t column = panel * kTileColumns;

@@ -1,9 +1,14 @@
 #include "scratch.h"
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
-#include <utility>
+#include <numeric>
+#include <unordered_map>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -13,57 +18,100 @@ namespace libmoe_fast {
 
 namespace {
 
+using torch::stable::Tensor;
+
 constexpr size_t kLargePage = size_t{2} << 20;
+constexpr size_t kSmallestTensor = size_t{1} << 20;  // below, torch's own allocation costs no page faults worth saving
+constexpr size_t kDefaultKeptMegabytes = 1024;
 
 struct Block {
-  char* data = nullptr;
-  size_t bytes = 0;
+  char* data;
+  size_t bytes;
 };
 
-std::mutex kept_mutex;
-Block kept;
+// Free blocks, the most recently freed last, and the size of every block handed out.
+class BlockCache {
+ public:
+  char* take(size_t bytes) {
+    const size_t rounded = std::max(kLargePage, (bytes + kLargePage - 1) / kLargePage * kLargePage);
+    const std::lock_guard lock(mutex_);
+    Block block = take_free(rounded);
+    if (block.data == nullptr) block = allocate(rounded);
+    in_use_[block.data] = block.bytes;
+    return block.data;
+  }
 
-Block take_kept(size_t bytes) {
-  const std::lock_guard lock(kept_mutex);
-  return kept.bytes >= bytes ? std::exchange(kept, Block{}) : Block{};
+  void give_back(char* data) {
+    const std::lock_guard lock(mutex_);
+    const auto entry = in_use_.find(data);
+    free_.push_back({data, entry->second});
+    free_bytes_ += entry->second;
+    in_use_.erase(entry);
+    while (free_bytes_ > most_free_bytes_) {  // the longest unused goes first
+      free_bytes_ -= free_.front().bytes;
+      std::free(free_.front().data);
+      free_.erase(free_.begin());
+    }
+  }
+
+ private:
+  static size_t most_free_bytes() {
+    const char* megabytes = std::getenv("LIBMOE_FAST_CPU_CACHE_MB");
+    return (megabytes == nullptr ? kDefaultKeptMegabytes : std::strtoull(megabytes, nullptr, 10)) << 20;
+  }
+
+  // The smallest that fits, unless more than a quarter of it would lie idle.
+  Block take_free(size_t bytes) {
+    auto best = free_.end();
+    for (auto block = free_.begin(); block != free_.end(); ++block) {
+      const bool fits = block->bytes >= bytes && block->bytes - bytes <= block->bytes / 4 + kLargePage;
+      if (fits && (best == free_.end() || block->bytes < best->bytes)) best = block;
+    }
+    if (best == free_.end()) return {nullptr, 0};
+    const Block block = *best;
+    free_.erase(best);
+    free_bytes_ -= block.bytes;
+    return block;
+  }
+
+  static Block allocate(size_t bytes) {
+    auto* data = static_cast<char*>(std::aligned_alloc(kLargePage, bytes));
+    if (data == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+    madvise(data, bytes, MADV_HUGEPAGE);  // only a hint: 512 times fewer faults where large pages are to be had
+#endif
+    return {data, bytes};
+  }
+
+  const size_t most_free_bytes_ = most_free_bytes();
+  std::mutex mutex_;
+  std::vector<Block> free_;
+  size_t free_bytes_ = 0;
+  std::unordered_map<char*, size_t> in_use_;
+};
+
+// Never destroyed: tensors may outlive every static object.
+BlockCache& cache() {
+  static auto* const blocks = new BlockCache;
+  return *blocks;
 }
 
-Block allocate(size_t bytes) {
-  const size_t rounded = (bytes + kLargePage - 1) / kLargePage * kLargePage;
-  auto* data = static_cast<char*>(std::aligned_alloc(kLargePage, rounded));
-  if (data == nullptr) throw std::bad_alloc();
-  advise_large_pages(data, rounded);
-  return {data, rounded};
-}
-
-// Keeps the larger of this block and the kept one, and returns the other.
-Block keep(Block block) {
-  if (block.bytes > Scratch::kKeptBytes) return block;
-  const std::lock_guard lock(kept_mutex);
-  return kept.bytes < block.bytes ? std::exchange(kept, block) : block;
-}
+void give_back(void* data) { cache().give_back(static_cast<char*>(data)); }
 
 }  // namespace
 
-Scratch::Scratch(const ScratchPlan& plan) {
-  Block block = take_kept(plan.bytes());
-  if (block.data == nullptr) block = allocate(plan.bytes() + 1);
-  data_ = block.data;
-  bytes_ = block.bytes;
-}
+Scratch::Scratch(const ScratchPlan& plan) : data_(cache().take(plan.bytes())) {}
 
-Scratch::~Scratch() { std::free(keep({data_, bytes_}).data); }
+Scratch::~Scratch() { give_back(data_); }
 
-void advise_large_pages(void* data, size_t bytes) {
-#ifdef __linux__
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (address + bytes) / kLargePage * kLargePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  const int64_t count = std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
+  const size_t bytes = static_cast<size_t>(count) * static_cast<size_t>(like.element_size());
+  if (bytes < kSmallestTensor) return torch::stable::new_empty(like, sizes);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = count;
+  for (size_t d = 0; d < strides.size(); ++d) strides[d] = stride /= sizes.begin()[d];
+  return torch::stable::from_blob(cache().take(bytes), sizes, strides, like.device(), like.scalar_type(), &give_back);
 }
 
 }  // namespace libmoe_fast

@@ -108,12 +108,21 @@ LIBMOE_FAST_AVX512 inline void transpose(__m512i (&block)[16]) {
   }
 }
 
+constexpr int64_t kPrefetchRows = 24;
+
 // Up to 16 rows of `bytes` bytes into words [step * width + row].
 LIBMOE_FAST_AVX512 void pack_16_rows(const char* const* rows, int count, int64_t bytes, int64_t steps, int width,
                                      __mmask16 columns, uint32_t* packed) {
+  // Rows a page apart are read too haphazardly for the processor to foresee; those of a weight lie one after the other,
+  // so the 16 after these, most likely packed next, can be fetched in order meanwhile.
+  const bool adjacent = count >= 16 && rows[15] - rows[0] == 15 * bytes;
+  const char* next = adjacent ? rows[0] + 16 * bytes : nullptr;
   for (int64_t step = 0; step < steps; step += 16) {
     const int64_t halves = std::clamp<int64_t>((bytes - step * 4) / 2, 0, 32);  // 16-bit units left in these rows
     const __mmask32 valid = halves == 32 ? ~__mmask32{0} : (__mmask32{1} << halves) - 1;
+    if (next != nullptr) {
+      for (int line = 0; line < 16; ++line) _mm_prefetch(next + step * 64 + line * 64, _MM_HINT_T1);
+    }
     __m512i block[16];
     LIBMOE_FAST_UNROLL
     for (int i = 0; i < 16; ++i) {
@@ -135,17 +144,29 @@ LIBMOE_FAST_AVX512 inline __m512i load_or_zero(__mmask32 valid, const void* row)
   return row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row);
 }
 
-LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t column, int count, int64_t steps,
-                                          int width, uint32_t* packed) {
-  alignas(64) uint16_t interleave[2][32];
-  for (int i = 0; i < 32; ++i) {
-    interleave[0][i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-    interleave[1][i] = static_cast<uint16_t>(interleave[0][i] + 16);
+// Which of 2 x 32 values goes where, to pair value i of one row with value i of the other: i < 16, and the rest.
+struct alignas(64) Interleave {
+  uint16_t low[32], high[32];
+
+  constexpr Interleave() : low(), high() {
+    for (int i = 0; i < 32; ++i) {
+      low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+      high[i] = static_cast<uint16_t>(low[i] + 16);
+    }
   }
-  const __m512i first = _mm512_load_si512(interleave[0]), second = _mm512_load_si512(interleave[1]);
+};
+constexpr Interleave kInterleave;
+
+LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t column, int count, int64_t steps,
+                                          int64_t steps_left, int width, uint32_t* packed) {
+  const __m512i first = _mm512_load_si512(kInterleave.low), second = _mm512_load_si512(kInterleave.high);
   const __mmask32 valid = count == 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
   const __mmask16 columns = width >= 16 ? __mmask16(~0) : static_cast<__mmask16>((1u << width) - 1);
   for (int64_t step = 0; step < steps; ++step, packed += width, rows += 2) {
+    if (step + kPrefetchRows / 2 < steps_left) {
+      _mm_prefetch(rows[kPrefetchRows] + column, _MM_HINT_T0);
+      _mm_prefetch(rows[kPrefetchRows + 1] + column, _MM_HINT_T0);
+    }
     const __m512i even = load_or_zero(valid, rows[0] == nullptr ? nullptr : rows[0] + column);
     const __m512i odd = load_or_zero(valid, rows[1] == nullptr ? nullptr : rows[1] + column);
     _mm512_mask_storeu_epi32(packed, columns, _mm512_permutex2var_epi16(even, first, odd));
@@ -153,11 +174,15 @@ LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t c
   }
 }
 
-LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t column, int count, int64_t steps, int width,
-                                          uint32_t* packed) {
+LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t column, int count, int64_t steps,
+                                          int64_t steps_left, int width, uint32_t* packed) {
   const auto mask = [](int bits) { return static_cast<__mmask16>((1u << std::clamp(bits, 0, 16)) - 1); };
   const __mmask16 low = mask(count), high = mask(count - 16), columns = mask(width);
   for (int64_t step = 0; step < steps; ++step, packed += width) {
+    if (step + kPrefetchRows < steps_left) {
+      _mm_prefetch(rows[step + kPrefetchRows] + column, _MM_HINT_T0);
+      _mm_prefetch(rows[step + kPrefetchRows] + column + 16, _MM_HINT_T0);
+    }
     const bool zero = rows[step] == nullptr;
     const float* row = zero ? nullptr : rows[step] + column;
     const __m512 left = zero ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(low, row);
@@ -191,8 +216,15 @@ void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps
 }
 
 template <typename T>
-void pack_across(const T* const* rows, int64_t column, int count, int64_t steps, int width, uint32_t* packed) {
-  pack_across_words(rows, column, count, steps, width, packed);
+void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, uint32_t* packed) {
+  constexpr int64_t kBlockSteps = 16;  // rows that all panels read before the next ones: neighbours in memory
+  for (int64_t step = 0; step < steps; step += kBlockSteps) {
+    for (int64_t panel = 0; panel * width < columns; ++panel) {
+      pack_across_words(rows + step * kPerWord<T>, column + panel * width,
+                        static_cast<int>(std::min<int64_t>(width, columns - panel * width)),
+                        std::min(kBlockSteps, steps - step), steps - step, width, packed + (panel * steps + step) * width);
+    }
+  }
 }
 
 #else  // No instructions for which this layout was made: torch's mm does the work, and none of these is called.
@@ -210,7 +242,7 @@ void pack_along(const T* const*, int, int64_t, int64_t, int, uint32_t*) {
 }
 
 template <typename T>
-void pack_across(const T* const*, int64_t, int, int64_t, int, uint32_t*) {
+void pack_across(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*) {
   throw std::logic_error("libmoe_fast: tiles are not used on this machine");
 }
 
@@ -219,7 +251,7 @@ void pack_across(const T* const*, int64_t, int, int64_t, int, uint32_t*) {
 #define LIBMOE_FAST_INSTANTIATE(T)                                                          \
   template void multiply_tile<T>(int, int64_t, const uint32_t*, const uint32_t*, float*);   \
   template void pack_along<T>(const T* const*, int, int64_t, int64_t, int, uint32_t*);      \
-  template void pack_across<T>(const T* const*, int64_t, int, int64_t, int, uint32_t*);
+  template void pack_across<T>(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*);
 LIBMOE_FAST_INSTANTIATE(float)
 LIBMOE_FAST_INSTANTIATE(BFloat16)
 

@@ -30,9 +30,9 @@ void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t
 template <typename T>
 void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed);
 
-// Packs `count` columns, from `column` on, of rows that follow each other in the sum: steps * kPerWord rows, of which a
-// null one stands for zeros, and zeros for the rest of the width.
+// Packs `columns` columns, from `column` on, of rows that follow each other in the sum: steps * kPerWord rows, of which a
+// null one stands for zeros. Panels of `width` columns come one after the other, the last one filled up with zeros.
 template <typename T>
-void pack_across(const T* const* rows, int64_t column, int count, int64_t steps, int width, uint32_t* packed);
+void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, uint32_t* packed);
 
 }  // namespace libmoe_fast
