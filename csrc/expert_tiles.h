@@ -93,9 +93,18 @@ void store_bias_gradient(const ExpertInputs<T>& inputs, int64_t expert, int64_t 
 template <typename T>
 void sum_weighted_rows(const ExpertInputs<T>& inputs, const T* dy, int64_t row, int64_t rows, int64_t column,
                        int64_t columns, Accumulator<T>* sum) {
-  std::fill_n(sum, columns, Accumulator<T>(0));
-  for (int64_t i = row; i < row + rows; ++i) {
-    add_to_sum<T>(sum, inputs.row_of(dy, inputs.out, i) + column, inputs.weight_of(i), columns);
+  constexpr int64_t kPart = 16, kColumns = 256;  // sums of sums lose less than one long sum
+  Accumulator<T> part[kColumns];
+  for (int64_t begin = 0; begin < columns; begin += kColumns) {
+    const int64_t count = std::min(kColumns, columns - begin);
+    std::fill_n(sum + begin, count, Accumulator<T>(0));
+    for (int64_t first = row; first < row + rows; first += kPart) {
+      std::fill_n(part, count, Accumulator<T>(0));
+      for (int64_t i = first; i < std::min(row + rows, first + kPart); ++i) {
+        add_to_sum<T>(part, inputs.row_of(dy, inputs.out, i) + column + begin, inputs.weight_of(i), count);
+      }
+      add_to_sum<Accumulator<T>>(sum + begin, part, 1, count);
+    }
   }
 }
 

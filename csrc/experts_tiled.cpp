@@ -18,8 +18,9 @@ constexpr int64_t kGroupBytes = int64_t{12} << 20;
 // Rows that meet one packing of the weights: packing costs about 1 / rows of the multiplication.
 constexpr int64_t kMostUnitRows = 1344, kLeastUnitRows = 224;
 // Panels of the operand that a task packs for itself stay in the second-level cache.
-constexpr int64_t kPanelBytes = 384 << 10;
+constexpr int64_t kPanelBytes = 256 << 10;
 constexpr int64_t kMostPanels = 8;
+constexpr int64_t kMostChained = 8;  // blocks of panels that one thread does in a row, fetching the next meanwhile
 
 int64_t panels_of(int64_t width) { return divide_up(width, kTileColumns); }
 
@@ -135,15 +136,26 @@ void pack_weight_rows(const T* weight, int64_t rows, int64_t width, int64_t firs
   pack_along<T>(pointers, count, width, steps, kTileColumns, packed);
 }
 
-// Calls finish(place, strip, panel, tile) for every tile of a unit's rows and the panels [first, last).
+// Weights that are packed next.
+template <typename T>
+struct NextWeights {
+  const T* data = nullptr;
+  int64_t count = 0;
+};
+
+// Calls finish(place, strip, panel) for every tile of a unit's rows and the panels [first, last).
 template <typename T, typename Finish>
 void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, const uint32_t* right, int64_t first,
-                   int64_t last, int64_t width, float* tile, const Finish& finish) {
+                   int64_t last, int64_t width, float* tile, const Finish& finish, NextWeights<T> next = {}) {
+  const int64_t all_steps = unit.strips * (last - first) * steps;
+  Ahead ahead{reinterpret_cast<const char*>(next.data),
+              std::min<int64_t>(64, divide_up(next.count * sizeof(T), all_steps))};
   for (int64_t strip = 0; strip < unit.strips; ++strip) {
     const int rows = tile_extent(unit.rows, strip * unit.height, unit.height);
     const uint32_t* strip_left = left + (unit.strip + strip) * steps * kTileRows;
     for (int64_t panel = first; panel < last; ++panel) {
-      multiply_tile<T>(rows, steps, strip_left, right + (panel - first) * steps * kTileColumns, tile);
+      multiply_tile<T>(rows, steps, strip_left, right + (panel - first) * steps * kTileColumns, tile, ahead);
+      ahead.data += ahead.bytes_per_step * steps;
       const int64_t column = panel * kTileColumns;
       const TilePlace place{unit.expert, unit.row + strip * unit.height, column, rows,
                             tile_extent(width, column, kTileColumns)};
@@ -198,7 +210,7 @@ class Forward {
     tokens_ = plan.add<uint32_t>(strips * in_steps_ * kTileRows);
     activations_ = plan.add<uint32_t>(strips * hidden_steps_ * kTileRows);
     outputs_ = plan.add<T>(in_.choices * in_.out);
-    local_stride_ = local_words(std::max(in_steps_, hidden_steps_), kTileColumns);
+    local_stride_ = local_words(std::max(in_steps_ * (in_.gated ? 2 : 1), hidden_steps_), kTileColumns);
     local_ = plan.add<uint32_t>(local_stride_ * torch::stable::get_num_threads());
     return plan;
   }
@@ -215,14 +227,32 @@ class Forward {
     });
   }
 
+  // Calls body(unit, first, last, end, worker) for blocks of panels; [last, end) is what the same thread does next.
+  template <typename Body>
+  static void for_each_block(const Group& group, int64_t panels, int64_t panel_words, const Body& body) {
+    const int64_t units = group.units.size(), per_block = panels_per_task(panels, panel_words, units);
+    const int64_t blocks = divide_up(panels, per_block);
+    const int64_t chain = std::clamp<int64_t>(blocks * units / (4 * torch::stable::get_num_threads()), 1, kMostChained);
+    const int64_t chains = divide_up(blocks, chain);
+    for_each_task(chains * units, [&](int64_t task, int64_t worker) {
+      const int64_t begin = task % chains * chain * per_block, end = std::min(panels, begin + chain * per_block);
+      for (int64_t first = begin; first < end; first += per_block) {
+        body(group.units[task / chains], first, std::min(end, first + per_block), std::min(end, first + 2 * per_block),
+             worker);
+      }
+    });
+  }
+
+  // The rows of a weight that panels [first, last) are made of.
+  static NextWeights<T> rows_of(const T* weight, int64_t rows, int64_t width, int64_t first, int64_t last) {
+    const int64_t begin = std::min(rows, first * kTileColumns), end = std::min(rows, last * kTileColumns);
+    return {weight + begin * width, (end - begin) * width};
+  }
+
   void hidden_layer(const Group& group) {
-    const int64_t panels = panels_of(in_.hidden), sides = in_.gated ? 2 : 1;
-    const int64_t panel_words = in_steps_ * kTileColumns;
-    const int64_t per_task = std::min(kMostPanels / sides, panels_per_task(panels, panel_words * sides, group.units.size()));
-    const int64_t blocks = divide_up(panels, per_task);
-    for_each_task(blocks * group.units.size(), [&](int64_t task, int64_t worker) {
-      const Unit& unit = group.units[task / blocks];
-      const int64_t first = task % blocks * per_task, last = std::min(panels, first + per_task);
+    const int64_t panel_words = in_steps_ * kTileColumns, sides = in_.gated ? 2 : 1;
+    for_each_block(group, panels_of(in_.hidden), panel_words * sides,
+                   [&](const Unit& unit, int64_t first, int64_t last, int64_t end, int64_t worker) {
       uint32_t* gate_right = local(worker);
       uint32_t* up_right = gate_right + (last - first) * panel_words;
       const T* weight = in_.w1 + unit.expert * in_.up * in_.in;
@@ -233,12 +263,12 @@ class Forward {
           pack_weight_rows(weight + in_.hidden * in_.in, in_.hidden, in_.in, row, in_steps_, up_right + offset);
         }
       }
-      hidden_tiles(unit, gate_right, up_right, first, last);
+      hidden_tiles(unit, gate_right, up_right, first, last, rows_of(weight, in_.hidden, in_.in, last, end));
     });
   }
 
-  void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, int64_t first,
-                    int64_t last) {
+  void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, int64_t first, int64_t last,
+                    NextWeights<T> next) {
     alignas(64) float gate[kTileSize], up[kTileSize], value[kTileSize];
     RoundedTile<T> rounded;
     const auto* tokens = scratch_.template at<uint32_t>(tokens_);
@@ -254,26 +284,24 @@ class Forward {
       rounded.set(value, place.rows);
       pack_along<T>(rounded.rows, place.rows, kTileColumns, kPanelSteps<T>, kTileRows,
                     activations + (number * hidden_steps_ + panel * kPanelSteps<T>) * kTileRows);
-    });
+    }, next);
   }
 
   void output_layer(const Group& group) {
-    const int64_t panels = panels_of(in_.out), panel_words = hidden_steps_ * kTileColumns;
-    const int64_t per_task = panels_per_task(panels, panel_words, group.units.size());
-    const int64_t blocks = divide_up(panels, per_task);
-    for_each_task(blocks * group.units.size(), [&](int64_t task, int64_t worker) {
-      const Unit& unit = group.units[task / blocks];
-      const int64_t first = task % blocks * per_task, last = std::min(panels, first + per_task);
+    const int64_t panel_words = hidden_steps_ * kTileColumns;
+    for_each_block(group, panels_of(in_.out), panel_words,
+                   [&](const Unit& unit, int64_t first, int64_t last, int64_t end, int64_t worker) {
       uint32_t* right = local(worker);
+      const T* weight = in_.w2 + unit.expert * in_.out * in_.hidden;
       for (int64_t panel = first; panel < last; ++panel) {
-        pack_weight_rows(in_.w2 + unit.expert * in_.out * in_.hidden, in_.out, in_.hidden, panel * kTileColumns,
-                         hidden_steps_, right + (panel - first) * panel_words);
+        pack_weight_rows(weight, in_.out, in_.hidden, panel * kTileColumns, hidden_steps_,
+                         right + (panel - first) * panel_words);
       }
-      output_tiles(unit, right, first, last);
+      output_tiles(unit, right, first, last, rows_of(weight, in_.out, in_.hidden, last, end));
     });
   }
 
-  void output_tiles(const Unit& unit, const uint32_t* right, int64_t first, int64_t last) {
+  void output_tiles(const Unit& unit, const uint32_t* right, int64_t first, int64_t last, NextWeights<T> next) {
     alignas(64) float tile[kTileSize];
     T* outputs = scratch_.template at<T>(outputs_);
     const T* bias = in_.second_bias(unit.expert);
@@ -281,7 +309,7 @@ class Forward {
                      [&](const TilePlace& place, int64_t, int64_t) {
       if (bias != nullptr) add_bias<T>(tile, bias + place.column, place.rows, place.columns);
       store_tile<T>(outputs + place.row * in_.out + place.column, in_.out, tile, place.rows, place.columns);
-    });
+    }, next);
   }
 
   const ExpertInputs<T>& in_;

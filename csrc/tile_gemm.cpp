@@ -37,11 +37,14 @@ namespace {
 #define LIBMOE_FAST_UNROLL _Pragma("GCC unroll 16")
 
 template <int kRows>
-LIBMOE_FAST_AVX512_BF16 void multiply_bf16(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile) {
+LIBMOE_FAST_AVX512_BF16 void multiply_bf16(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile,
+                   Ahead ahead) {
   __m512 sum[kRows][2];
   LIBMOE_FAST_UNROLL
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
   for (; steps > 0; --steps, left += kTileRows, right += kTileColumns) {
+    _mm_prefetch(ahead.data, _MM_HINT_T1);
+    ahead.data += ahead.bytes_per_step;
     const __m512bh right0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(right));
     const __m512bh right1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(right + 16));
     LIBMOE_FAST_UNROLL
@@ -59,11 +62,14 @@ LIBMOE_FAST_AVX512_BF16 void multiply_bf16(int64_t steps, const uint32_t* left, 
 }
 
 template <int kRows>
-LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile) {
+LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile,
+                   Ahead ahead) {
   __m512 sum[kRows][2];
   LIBMOE_FAST_UNROLL
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
   for (; steps > 0; --steps, left += kTileRows, right += kTileColumns) {
+    _mm_prefetch(ahead.data, _MM_HINT_T1);
+    ahead.data += ahead.bytes_per_step;
     const __m512 right0 = _mm512_loadu_ps(right), right1 = _mm512_loadu_ps(right + 16);
     LIBMOE_FAST_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -191,7 +197,7 @@ LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t colu
   }
 }
 
-using Multiply = void (*)(int64_t, const uint32_t*, const uint32_t*, float*);
+using Multiply = void (*)(int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
 constexpr Multiply kMultiplyBf16[] = {multiply_bf16<2>, multiply_bf16<4>,  multiply_bf16<6>, multiply_bf16<8>,
                                       multiply_bf16<10>, multiply_bf16<12>, multiply_bf16<14>};
 constexpr Multiply kMultiplyFp32[] = {multiply_fp32<2>, multiply_fp32<4>,  multiply_fp32<6>, multiply_fp32<8>,
@@ -200,9 +206,9 @@ constexpr Multiply kMultiplyFp32[] = {multiply_fp32<2>, multiply_fp32<4>,  multi
 }  // namespace
 
 template <typename T>
-void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile) {
+void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead) {
   const auto& table = std::is_same_v<T, float> ? kMultiplyFp32 : kMultiplyBf16;
-  table[(rows - 1) / 2](steps, left, right, tile);
+  table[(rows - 1) / 2](steps, left, right, tile, ahead);
 }
 
 template <typename T>
@@ -232,7 +238,7 @@ void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t 
 bool tiles_pay(ScalarType) { return false; }
 
 template <typename T>
-void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*) {
+void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead) {
   throw std::logic_error("libmoe_fast: tiles are not used on this machine");
 }
 
@@ -248,9 +254,9 @@ void pack_across(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*) {
 
 #endif
 
-#define LIBMOE_FAST_INSTANTIATE(T)                                                          \
-  template void multiply_tile<T>(int, int64_t, const uint32_t*, const uint32_t*, float*);   \
-  template void pack_along<T>(const T* const*, int, int64_t, int64_t, int, uint32_t*);      \
+#define LIBMOE_FAST_INSTANTIATE(T)                                                               \
+  template void multiply_tile<T>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead); \
+  template void pack_along<T>(const T* const*, int, int64_t, int64_t, int, uint32_t*);           \
   template void pack_across<T>(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*);
 LIBMOE_FAST_INSTANTIATE(float)
 LIBMOE_FAST_INSTANTIATE(BFloat16)

@@ -21,9 +21,15 @@ constexpr int kPerWord = 4 / sizeof(T);
 // Whether this machine multiplies tiles of this dtype faster than torch's own mm.
 bool tiles_pay(ScalarType dtype);
 
+// Memory that will be read soon, fetched a little at every step of a multiplication, which leaves memory idle.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t bytes_per_step = 0;
+};
+
 // tile [kTileRows, kTileColumns] = left * right; only the first `rows` rows, rounded up to even, are computed.
 template <typename T>
-void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile);
+void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead = {});
 
 // Packs `count` rows whose elements follow each other in the sum: `elements` of each, zeros up to `steps`, and zeros for
 // the rest of the width.

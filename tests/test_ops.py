@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from libmoe_fast import BackendError, available_backends, cpu_backend, extension, ops
+from libmoe_fast import BackendError, available_backends, extension, ops
 
 pytestmark = pytest.mark.skipif(not extension.load().loaded, reason="the C++ extension is not built")
 lib = torch.ops.libmoe_fast
@@ -39,13 +39,13 @@ def test_opcheck(permutation):
     check(lib.weighted_scatter.default, (leaf(T * K, O), inverse, K))
     check(lib.weighted_scatter.default, (leaf(T * K, O), inverse, K, weights))
     check(lib.row_dot.default, (torch.randn(T * K, O), torch.randn(T, O), inverse, K))
-    check(cpu_backend.grouped_mlp_op, (*expert_arguments(permutation), "gelu", False))
+    check(lib.grouped_mlp.default, (*expert_arguments(permutation), "gelu", False, True))
     check(ops.attach_aux_loss, (weights, leaf(), torch.ones(())))
     check(ops.aux_loss_gradient, (torch.rand(T, K), torch.ones(())))
     *tensors, b2 = (t.detach() for t in expert_arguments(permutation))
     backward = (torch.randn(T, O, dtype=torch.float64), *tensors, b2, torch.randn(T * K, H, dtype=torch.float64))
     for weight_grads in (True, False):
-        check(cpu_backend.grouped_mlp_backward_op, (*backward, "gelu", False, weight_grads))
+        check(lib.grouped_mlp_backward.default, (*backward, "gelu", False, weight_grads))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -69,7 +69,7 @@ def test_saved_for_backward_is_x_z_and_routing(permutation):
     weights, permuted = weights.detach().float().requires_grad_(), rest[:3]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        cpu_backend.grouped_mlp_op(x, weights, *permuted, *params, "gelu", False)
+        lib.grouped_mlp(x, weights, *permuted, *params, "gelu", False, True)
     known = {t.data_ptr() for t in (*params, *permuted, weights)}
     assert sum(t.nbytes for t in saved if t.data_ptr() not in known) == 2 * T * D + 2 * T * K * H
 
