@@ -42,9 +42,13 @@ LIBMOE_FAST_INLINE float exponential(float x) {
 
 LIBMOE_FAST_INLINE double exponential(double x) { return std::exp(x); }
 
+// sigmoid(x), and 1 - sigmoid(x) without its cancellation
 template <typename Real>
-LIBMOE_FAST_INLINE Real sigmoid(Real x) {
-  return Real(1) / (Real(1) + exponential(-x));
+LIBMOE_FAST_INLINE Real sigmoid(Real x, Real& complement) {
+  const Real e = exponential(-x);
+  const Real s = Real(1) / (Real(1) + e);
+  complement = e * s;
+  return s;
 }
 
 // Phi(z) and phi(z) of the normal distribution. For z <= 0, Phi = e^(-z^2/2) q(t) with t = 1 / (1 + 0.34 |z|) and q a
@@ -82,17 +86,19 @@ LIBMOE_FAST_INLINE void evaluate(Real z, Real& value, Real& slope) {
   } else if constexpr (kind == Activation::kGeluTanh) {
     // (1 + tanh u) / 2 = sigmoid(2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
     constexpr Real kTwice = Real(1.5957691216057308), kCubic = Real(0.044715);
-    const Real s = sigmoid(kTwice * (z + kCubic * z * z * z));
+    Real complement;
+    const Real s = sigmoid(kTwice * (z + kCubic * z * z * z), complement);
     value = z * s;
-    slope = s + value * (Real(1) - s) * kTwice * (Real(1) + Real(3) * kCubic * z * z);
+    slope = s + value * complement * kTwice * (Real(1) + Real(3) * kCubic * z * z);
   } else if constexpr (kind == Activation::kRelu) {
     value = z <= Real(0) ? Real(0) : z;  // so NaN stays NaN
     slope = z <= Real(0) ? Real(0) : Real(1);
   } else {
     constexpr Real kScale = kind == Activation::kQuickGelu ? Real(1.702) : Real(1);
-    const Real s = sigmoid(kScale * z);
+    Real complement;
+    const Real s = sigmoid(kScale * z, complement);
     value = z * s;
-    slope = s + kScale * value * (Real(1) - s);
+    slope = s + kScale * value * complement;
   }
 }
 

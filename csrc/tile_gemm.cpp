@@ -18,6 +18,20 @@ namespace libmoe_fast {
 
 #ifdef LIBMOE_FAST_TILES
 
+namespace {
+
+bool torch_mm_demanded() {
+  const char* choice = std::getenv("LIBMOE_FAST_CPU_GEMM");
+  if (choice == nullptr || *choice == '\0') return false;
+  if (std::string(choice) != "torch") {
+    throw std::runtime_error(std::string("libmoe_fast: LIBMOE_FAST_CPU_GEMM is '") + choice +
+                             "'; expected torch, for torch's mm, or nothing, for the faster way here");
+  }
+  return true;
+}
+
+}  // namespace
+
 #define LIBMOE_FAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define LIBMOE_FAST_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
@@ -26,8 +40,7 @@ bool tiles_pay(ScalarType dtype) {
                            __builtin_cpu_supports("avx512vl");
   // AMX multiplies bf16 many times faster than AVX-512, and oneDNN, behind torch's mm, uses it.
   static const bool bf16 = fp32 && __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-bf16");
-  const char* choice = std::getenv("LIBMOE_FAST_CPU_GEMM");
-  if (choice != nullptr && std::string(choice) == "torch") return false;
+  if (torch_mm_demanded()) return false;
   return dtype == ScalarType::Float ? fp32 : dtype == ScalarType::BFloat16 && bf16;
 }
 
@@ -36,9 +49,15 @@ namespace {
 // GCC keeps the accumulators in registers only if every loop over them is unrolled.
 #define LIBMOE_FAST_UNROLL _Pragma("GCC unroll 16")
 
+// row = sum, or row += sum
+LIBMOE_FAST_AVX512 inline void store_sums(float* row, const __m512 (&sum)[2], bool add) {
+  _mm512_storeu_ps(row, add ? _mm512_add_ps(_mm512_loadu_ps(row), sum[0]) : sum[0]);
+  _mm512_storeu_ps(row + 16, add ? _mm512_add_ps(_mm512_loadu_ps(row + 16), sum[1]) : sum[1]);
+}
+
 template <int kRows>
 LIBMOE_FAST_AVX512_BF16 void multiply_bf16(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile,
-                   Ahead ahead) {
+                                           bool add, Ahead ahead) {
   __m512 sum[kRows][2];
   LIBMOE_FAST_UNROLL
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
@@ -55,15 +74,12 @@ LIBMOE_FAST_AVX512_BF16 void multiply_bf16(int64_t steps, const uint32_t* left, 
     }
   }
   LIBMOE_FAST_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_ps(tile + i * kTileColumns, sum[i][0]);
-    _mm512_storeu_ps(tile + i * kTileColumns + 16, sum[i][1]);
-  }
+  for (int i = 0; i < kRows; ++i) store_sums(tile + i * kTileColumns, sum[i], add);
 }
 
 template <int kRows>
 LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile,
-                   Ahead ahead) {
+                                           bool add, Ahead ahead) {
   __m512 sum[kRows][2];
   LIBMOE_FAST_UNROLL
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
@@ -79,10 +95,7 @@ LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const
     }
   }
   LIBMOE_FAST_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_ps(tile + i * kTileColumns, sum[i][0]);
-    _mm512_storeu_ps(tile + i * kTileColumns + 16, sum[i][1]);
-  }
+  for (int i = 0; i < kRows; ++i) store_sums(tile + i * kTileColumns, sum[i], add);
 }
 
 // 16 x 16 words: row i of `block` becomes column i.
@@ -150,6 +163,13 @@ LIBMOE_FAST_AVX512 inline __m512i load_or_zero(__mmask32 valid, const void* row)
   return row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row);
 }
 
+// Fetches row[column]; the row may be null, which is then harmless.
+template <typename T>
+inline void prefetch(const T* row, int64_t column) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(column) * sizeof(T);
+  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
+}
+
 // Which of 2 x 32 values goes where, to pair value i of one row with value i of the other: i < 16, and the rest.
 struct alignas(64) Interleave {
   uint16_t low[32], high[32];
@@ -170,8 +190,8 @@ LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t c
   const __mmask16 columns = width >= 16 ? __mmask16(~0) : static_cast<__mmask16>((1u << width) - 1);
   for (int64_t step = 0; step < steps; ++step, packed += width, rows += 2) {
     if (step + kPrefetchRows / 2 < steps_left) {
-      _mm_prefetch(rows[kPrefetchRows] + column, _MM_HINT_T0);
-      _mm_prefetch(rows[kPrefetchRows + 1] + column, _MM_HINT_T0);
+      prefetch(rows[kPrefetchRows], column);
+      prefetch(rows[kPrefetchRows + 1], column);
     }
     const __m512i even = load_or_zero(valid, rows[0] == nullptr ? nullptr : rows[0] + column);
     const __m512i odd = load_or_zero(valid, rows[1] == nullptr ? nullptr : rows[1] + column);
@@ -186,8 +206,8 @@ LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t colu
   const __mmask16 low = mask(count), high = mask(count - 16), columns = mask(width);
   for (int64_t step = 0; step < steps; ++step, packed += width) {
     if (step + kPrefetchRows < steps_left) {
-      _mm_prefetch(rows[step + kPrefetchRows] + column, _MM_HINT_T0);
-      _mm_prefetch(rows[step + kPrefetchRows] + column + 16, _MM_HINT_T0);
+      prefetch(rows[step + kPrefetchRows], column);
+      prefetch(rows[step + kPrefetchRows], column + 16);
     }
     const bool zero = rows[step] == nullptr;
     const float* row = zero ? nullptr : rows[step] + column;
@@ -197,7 +217,10 @@ LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t colu
   }
 }
 
-using Multiply = void (*)(int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
+// Sums of sums lose less than one long sum: the error of torch's mm, which also works in blocks.
+constexpr int64_t kStepsPerSum = 512;
+
+using Multiply = void (*)(int64_t, const uint32_t*, const uint32_t*, float*, bool, Ahead);
 constexpr Multiply kMultiplyBf16[] = {multiply_bf16<2>, multiply_bf16<4>,  multiply_bf16<6>, multiply_bf16<8>,
                                       multiply_bf16<10>, multiply_bf16<12>, multiply_bf16<14>};
 constexpr Multiply kMultiplyFp32[] = {multiply_fp32<2>, multiply_fp32<4>,  multiply_fp32<6>, multiply_fp32<8>,
@@ -208,7 +231,10 @@ constexpr Multiply kMultiplyFp32[] = {multiply_fp32<2>, multiply_fp32<4>,  multi
 template <typename T>
 void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead) {
   const auto& table = std::is_same_v<T, float> ? kMultiplyFp32 : kMultiplyBf16;
-  table[(rows - 1) / 2](steps, left, right, tile, ahead);
+  for (int64_t done = 0; done < steps; done += kStepsPerSum) {
+    table[(rows - 1) / 2](std::min(kStepsPerSum, steps - done), left + done * kTileRows, right + done * kTileColumns,
+                          tile, done > 0, {ahead.data + done * ahead.bytes_per_step, ahead.bytes_per_step});
+  }
 }
 
 template <typename T>

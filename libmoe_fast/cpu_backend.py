@@ -135,6 +135,4 @@ if _extension.loaded:
     )
     torch.library.register_fake("libmoe_fast::grouped_mlp", _grouped_mlp_fake)
     torch.library.register_fake("libmoe_fast::grouped_mlp_backward", _grouped_mlp_backward_fake)
-    torch.library.register_autograd(
-        "libmoe_fast::grouped_mlp", _grouped_mlp_backward, setup_context=_grouped_mlp_setup
-    )
+    torch.library.register_autograd("libmoe_fast::grouped_mlp", _grouped_mlp_backward, setup_context=_grouped_mlp_setup)

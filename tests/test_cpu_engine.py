@@ -1,0 +1,189 @@
+"""The CPU expert engine against float64, in both of its ways to multiply: own tiles, and torch's mm."""
+
+import itertools
+
+import pytest
+import torch
+
+from libmoe_fast import cpu_backend, extension, reference
+
+pytestmark = pytest.mark.skipif(not extension.load().loaded, reason="the C++ extension is not built")
+lib = torch.ops.libmoe_fast
+
+
+@pytest.fixture(params=["", "torch"], ids=["tiles", "torch"])
+def gemm(request, monkeypatch):
+    """Tiles where this machine has them; torch's mm everywhere. The same code is measured against the same truth."""
+    monkeypatch.setenv("LIBMOE_FAST_CPU_GEMM", request.param)
+
+
+def problem(T, D, H, O, N, K, *, dtype, gated=False, bias=(True, True), skewed=False):
+    torch.manual_seed(0)
+    index = torch.rand(T, N).argsort(-1)[:, :K]
+    if skewed:
+        index = torch.arange(K).expand(T, K)  # the first K experts take all
+    up = 2 * H if gated else H
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = [
+        torch.randn(T, D).to(dtype),
+        torch.rand(T, K).to(weights_dtype),
+        (torch.randn(N, up, D) * D**-0.5).to(dtype),
+        (torch.randn(N, up) * 0.1).to(dtype) if bias[0] else None,
+        (torch.randn(N, O, H) * H**-0.5).to(dtype),
+        (torch.randn(N, O) * 0.1).to(dtype) if bias[1] else None,
+    ]
+    return index.contiguous(), tensors, torch.randn(T, O).to(dtype)
+
+
+def results(experts, index, tensors, dy, **options):
+    """y and every gradient."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    x, weights, *params = leaves
+    y = experts(x, weights, index, *params, **options)
+    y.backward(dy)
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def per_expert(x, weights, index, w1, b1, w2, b2, *, activation, gated):
+    """What users run today: a loop of F.linear over the experts, in the tensors' own dtype."""
+    y = torch.zeros(x.shape[0], w2.shape[1], dtype=x.dtype)
+    for e in range(w1.shape[0]):
+        t, k = torch.where(index == e)
+        z = torch.nn.functional.linear(x[t], w1[e], None if b1 is None else b1[e])
+        out = torch.nn.functional.linear(reference.activate(z, activation, gated), w2[e], None if b2 is None else b2[e])
+        y = y.index_add(0, t, out * weights[t, k, None].to(x.dtype))
+    return y
+
+
+SHAPES = {
+    "odd sizes, fewer rows than a tile": (23, 5, 6, 3, 4, 2),
+    "odd sums and partial tiles": (150, 129, 269, 67, 5, 3),
+    "many small experts": (200, 64, 64, 32, 64, 8),
+    "K = N": (45, 33, 40, 33, 3, 3),
+}
+VARIANTS = [
+    ("gelu", False, (True, True)),
+    ("gelu_pytorch_tanh", False, (True, False)),
+    ("relu", False, (False, True)),
+    ("silu", True, (True, True)),
+    ("quick_gelu", True, (False, False)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("activation", "gated", "bias"), VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_error_is_pytorchs_own(shape, activation, gated, bias, dtype, gemm):
+    """Against float64 on the same rounded inputs: at most twice the error of a per-expert loop of F.linear."""
+    index, tensors, dy = problem(*shape, dtype=dtype, gated=gated, bias=bias)
+    options = {"activation": activation, "gated": gated}
+    wide = [None if t is None else t.double() for t in tensors]
+    exact = results(per_expert, index, wide, dy.double(), **options)
+    theirs = results(per_expert, index, tensors, dy, **options)
+    ours = results(cpu_backend.experts, index, tensors, dy, **options)
+    for position, (a, b, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
+        error, allowed = ((v.double() - truth).norm() / truth.norm() for v in (a, b))
+        assert error <= 2 * allowed + 1e-15, f"result {position}: {error:.2e}, PyTorch's own {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("split", ["rows", "groups"])
+def test_more_rows_than_one_pass_takes(split, dtype, gemm):
+    """An expert's rows in several units (kMostUnitRows), and experts in several groups (kGroupBytes)."""
+    shape = (3000, 20, 40, 24, 3, 1) if split == "rows" else (700, 1500, 2100, 16, 4, 2)
+    index, tensors, dy = problem(*shape, dtype=dtype, skewed=split == "rows")
+    options = {"activation": "gelu", "gated": False}
+    exact = results(per_expert, index, [t.double() for t in tensors], dy.double(), **options)
+    ours = results(cpu_backend.experts, index, tensors, dy, **options)
+    for a, truth in zip(ours, exact, strict=True):
+        assert (a.double() - truth).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_run_or_the_tasks(dtype, gemm):
+    index, tensors, dy = problem(500, 96, 200, 80, 4, 2, dtype=dtype)
+    first, second = (results(cpu_backend.experts, index, tensors, dy, activation="gelu", gated=False) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations_are_exact_over_their_whole_range(activation, gemm):
+    """z itself as input (W1 = I), from the far tails to the middle: the value, and the slope by way of dx."""
+    z = torch.cat([torch.linspace(-30, 30, 60_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0])]).view(-1, 1)
+    weights, index = torch.ones_like(z), torch.zeros_like(z, dtype=torch.int64)
+    one = torch.ones(1, 1, 1)
+    tensors = [z, weights, one, None, one, None]
+    options = {"activation": activation, "gated": False}
+    y, slope, *_ = results(cpu_backend.experts, index, tensors, torch.ones_like(z), **options)
+    wide = [None if t is None else t.double() for t in tensors]
+    value, exact_slope, *_ = results(per_expert, index, wide, torch.ones_like(z).double(), **options)
+    assert ((y - value).abs() <= 4e-7 * value.abs() + 1e-9).all()
+    assert (slope - exact_slope).abs().max() <= 5e-7
+
+
+def test_without_gradients_z_is_not_kept(gemm):
+    index, (x, weights, *params), _ = problem(40, 16, 24, 16, 4, 2, dtype=torch.float32)
+    permutation = lib.permute_index(index, 4)
+    y, z = lib.grouped_mlp(x, weights, *permutation, *params, "gelu", False, False)
+    kept_y, kept_z = lib.grouped_mlp(x, weights, *permutation, *params, "gelu", False, True)
+    assert z.shape == (0, 24)
+    assert kept_z.shape == (80, 24)
+    assert torch.equal(y, kept_y)
+
+
+def test_frozen_experts_skip_their_gradients(gemm):
+    index, (x, weights, *params), dy = problem(40, 16, 24, 16, 4, 2, dtype=torch.float32)
+    x.requires_grad_()
+    cpu_backend.experts(x, weights, index, *params, activation="gelu", gated=False).backward(dy)
+    frozen = x.grad
+    x.grad = None
+    for p in params:
+        p.requires_grad_()
+    cpu_backend.experts(x, weights, index, *params, activation="gelu", gated=False).backward(dy)
+    assert torch.equal(frozen, x.grad)
+    assert all(p.grad is not None for p in params)
+
+
+def test_kept_memory_is_never_shared(gemm):
+    """Results live on while later calls reuse the memory of results that are gone."""
+    index, (x, weights, *params), _ = problem(600, 512, 1024, 512, 2, 1, dtype=torch.float32)
+    permutation = lib.permute_index(index, 2)
+
+    def call(scale):
+        return lib.grouped_mlp(x * scale, weights, *permutation, *params, "gelu", False, True)
+
+    alive = [call(scale) for scale in (1.0, 2.0, 3.0)]
+    copies = [[t.clone() for t in pair] for pair in alive]
+    assert len({t.data_ptr() for t in itertools.chain(*alive)}) == 6
+    del alive[1]
+    call(4.0)
+    for pair, copy in zip(alive, (copies[0], copies[2]), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair, copy, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "swish"}, "expected `activation` gelu.*got swish"),
+        ({"w1": torch.randn(4, 24, 15)}, r"expected `w1` with shape.*\[\*, \*, 16\], got \[4, 24, 15\]"),
+        ({"w2": torch.randn(4, 16, 24).double()}, "expected `w2` in the dtype of `x`, float32, got float64"),
+        ({"b1": torch.randn(4, 23)}, r"expected `b1`.*\[4, 24\], got \[4, 23\]"),
+        ({"order": torch.full((80,), 80)}, r"every entry of `order` in \[0, 80\), got 80 at position 0"),
+        ({"offsets": torch.tensor([0, 50, 40, 60, 80])}, "expected `offsets` to ascend from 0"),
+    ],
+    ids=["activation", "shape", "dtype", "bias", "index", "offsets"],
+)
+def test_a_bad_argument_is_named(change, message):
+    index, (x, weights, w1, b1, w2, b2), _ = problem(40, 16, 24, 16, 4, 2, dtype=torch.float32)
+    order, inverse, offsets = lib.permute_index(index, 4)
+    arguments = {"x": x, "weights": weights, "order": order, "inverse": inverse, "offsets": offsets}
+    arguments |= {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "activation": "gelu", "gated": False, "keep_z": True}
+    with pytest.raises(RuntimeError, match=message):
+        lib.grouped_mlp(**(arguments | change))
+
+
+def test_an_unknown_way_to_multiply_is_an_error(monkeypatch):
+    monkeypatch.setenv("LIBMOE_FAST_CPU_GEMM", "mkl")
+    index, tensors, dy = problem(4, 4, 4, 4, 2, 1, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="LIBMOE_FAST_CPU_GEMM is 'mkl'; expected torch"):
+        results(cpu_backend.experts, index, tensors, dy, activation="gelu", gated=False)
