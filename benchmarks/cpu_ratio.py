@@ -124,7 +124,7 @@ IMPLEMENTATIONS = {"ours": lambda moe, x: moe(x), "loop": loop, "grouped": group
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """With one thread, the time it ran, so that other processes on a busy machine do not count; else the time it took."""
+    """With one thread the time it ran, so that a busy machine matters less; else the time it took."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     function()
