@@ -21,6 +21,7 @@ LMMS_EVAL_NEEDS := datasets evaluate loguru pytablewriter pytz requests sacreble
 
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # deepspeed runs ninja from PATH, and would build into the user's home. One thread per process: several run at a time,
 # and each would take all cores and wait for the others.
@@ -28,11 +29,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint gate wheel-check doctor install clean distclean
+.PHONY: help demo test bench lint gate wheel-check doctor install clean distclean
 
 help:
 	@echo "make demo         train and compare five routers on real images; report in runs/demo (DEMO_ARGS=--short: less)"
 	@echo "make test         run the tests (PYTEST_ARGS=... are passed on)"
+	@echo "make bench        measure the layers against other implementations (BENCH_ARGS=... are passed on)"
 	@echo "make doctor       say what is installed and which backends work here"
 	@echo "make lint         check the style of the Python files"
 	@echo "make gate         compile the GPU kernels for four architectures, and count the bytes they move"
@@ -51,6 +53,10 @@ demo: $(PACKAGE)
 test: $(PACKAGE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+
+# All cores: these sizes use them.
+bench: $(PACKAGE)
+	env -u OMP_NUM_THREADS $(BIN)/libmoe-fast bench $(BENCH_ARGS)
 
 doctor: $(PACKAGE)
 	$(BIN)/libmoe-fast doctor
@@ -94,7 +100,7 @@ dependencies-gpu:
 
 dependencies-cpu:
 	$(PIP) $(TORCH_CPU)
-	LIBMOE_FAST_BUILD=0 $(PIP) --no-build-isolation --editable ".[train,report,test]" $(LMMS_EVAL_NEEDS)
+	LIBMOE_FAST_BUILD=0 $(PIP) --no-build-isolation --editable ".[train,report,bench,test]" $(LMMS_EVAL_NEEDS)
 	$(PIP) --no-deps "lmms-eval>=0.7.3"
 
 $(PACKAGE): setup.py $(wildcard csrc/* csrc/cuda/*) $(DEPENDENCIES)

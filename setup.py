@@ -18,6 +18,7 @@ SETUPTOOLS_FLOOR = 77  # the first to read pyproject.toml's licence expression; 
 TORCH_FLOOR = (2, 13)
 # The oldest torch whose stable ABI the library may use: major in the top byte, minor in the next.
 TORCH_TARGET_VERSION = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
+FOLDERS = ("train", "kernels", "benchmarks")  # of this repository, each a subpackage of libmoe_fast
 BUILDING_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 OLD_SETUPTOOLS = """\
@@ -50,10 +51,10 @@ libmoe_fast: torch {found}, but the C++ extension is built against torch >= {flo
 def mapped_packages():
     """Package name -> folder, for the folders whose name in the repository is not their name in the package.
 
-    Top-level `train/` is installed as libmoe_fast.train and `kernels/` as libmoe_fast.kernels: a top-level package
-    named `kernels` would shadow the one on PyPI that transformers imports.
+    Top-level `train/` is installed as libmoe_fast.train, `benchmarks/` as libmoe_fast.benchmarks and `kernels/` as
+    libmoe_fast.kernels: a top-level package named `kernels` would shadow the one on PyPI that transformers imports.
     """
-    return {f"libmoe_fast.{name}": name for name in ("train", "kernels") if any((ROOT / name).glob("*.py"))}
+    return {f"libmoe_fast.{name}": name for name in FOLDERS if any((ROOT / name).glob("*.py"))}
 
 
 def all_packages(mapping):

@@ -1,4 +1,4 @@
-"""The command line: `libmoe-fast train | evaluate | report | doctor`."""
+"""The command line: `libmoe-fast train | evaluate | report | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ Train, evaluate and compare Mixture-of-Experts vision-language models.
                     --data.file llava_665k.json --data.images images --run.folder runs/cosine
   libmoe-fast evaluate runs/cosine/final --tasks MME POPE
   libmoe-fast report runs
+  libmoe-fast bench
   libmoe-fast doctor
 
 Each command has its own --help. A mistake is one line on stderr and exit code 2; nothing already written is lost.
@@ -57,6 +58,17 @@ Compare all runs in a folder: a table of scores, load imbalance, H_total and ste
   libmoe-fast report runs
 
 Writes report.md, report.json, training.png and experts.png into the folder, and prints the table.
+"""
+
+_BENCH = """\
+Measure our layers on this machine, against their limits and against other ways to run the same experts.
+
+  libmoe-fast bench                                   # quick: under 2 minutes on 2 CPU cores
+  libmoe-fast bench --preset full --out runs/bench_h100
+  libmoe-fast bench --compare runs/old/results.json runs/new/results.json
+
+Writes results.json, results.md and plots into --out, and prints the table at a glance. Peers that are not installed are
+listed with how to get them. --compare flags what became slower, or holds more memory, beyond the noise: exit code 1.
 """
 
 _DOCTOR = """\
@@ -98,6 +110,7 @@ def _run(arguments: list[str]) -> int:
         "train": (_TRAIN.format(presets=", ".join(_preset_names()) or "none"), _add_train, _train),
         "evaluate": (_EVALUATE, _add_evaluate, _evaluate),
         "report": (_REPORT, _add_report, _report),
+        "bench": (_BENCH, _add_bench, _bench),
         "doctor": (_DOCTOR, _add_doctor, _doctor),
     }
     parser = _parser(jsonargparse, "libmoe-fast", _DESCRIPTION)
@@ -176,6 +189,32 @@ def _report(options: Namespace) -> int:
 
     print(make_report(options.folder, out=options.out))
     print(f"\nwritten: {Path(options.out or options.folder) / 'report.md'}")
+    return 0
+
+
+def _add_bench(parser: ArgumentParser) -> None:
+    parser.add_argument("--preset", default="quick", help="quick, full, or paper: the layers that LibMoE trains")
+    parser.add_argument("--out", default="runs/bench", help="folder for the report")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda; default: a GPU if there is one")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two results.json instead")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="with --compare: a smaller change is no change")
+
+
+def _bench(options: Namespace) -> int:
+    if options.compare:
+        from libmoe_fast.benchmarks.compare import compare_files
+
+        comparison = compare_files(*options.compare, tolerance=options.tolerance)
+        print(comparison.markdown())
+        return 1 if comparison.regressions else 0
+    from libmoe_fast.benchmarks.report import summary
+    from libmoe_fast.benchmarks.run import run_preset
+
+    out = Path(options.out)
+    results = run_preset(options.preset, out, device=options.device, threads=options.threads)
+    print(summary(results))
+    print(f"\nwritten: {out / 'results.md'}")
     return 0
 
 

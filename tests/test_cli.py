@@ -13,7 +13,7 @@ from libmoe_fast.cli import main
 
 pytest.importorskip("jsonargparse")
 
-COMMANDS = ("train", "evaluate", "report", "doctor")
+COMMANDS = ("train", "evaluate", "report", "bench", "doctor")
 
 
 @pytest.fixture
@@ -37,6 +37,11 @@ def fails(capsys):
         (["report"], "folder"),
         (["report", "nowhere"], "no folder nowhere"),
         (["report", "nowhere", "--width", "3"], "--width"),
+        (["bench", "--preset", "quik"], "quik"),
+        (["bench", "--device", "tpu"], "tpu"),
+        (["bench", "--threads", "0"], "threads is 0"),
+        (["bench", "--compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
+        (["bench", "--compare", "nowhere.json"], "compare"),
         (["doctor", "--jsn"], "--jsn"),
         (["evaluate"], "checkpoint"),
         (["evaluate", "nowhere", "--tasks", "mme"], "no checkpoint folder nowhere"),

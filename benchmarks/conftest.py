@@ -1,0 +1,106 @@
+"""`pytest benchmarks/ --benchmark [--preset full]` measures; without the flag every benchmark runs once, tiny.
+
+pytest-benchmark times ours, and within each of its rounds the limit and the peers are timed as well. Its own options
+(--benchmark-json, --benchmark-compare, ...) work as usual; ours writes libmoe-fast's report with --results.
+"""
+
+from pathlib import Path
+
+import pytest
+
+PRESETS = ("tiny", "quick", "full", "paper")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("libmoe_fast benchmarks")
+    group.addoption("--benchmark", action="store_true", help="measure, instead of running each benchmark once, tiny")
+    group.addoption("--preset", choices=PRESETS, default=None, help="what to measure with --benchmark (default: quick)")
+    group.addoption("--results", metavar="FOLDER", help="write results.json, results.md and plots there")
+
+
+def pytest_configure(config):
+    if not config.option.benchmark:
+        config.option.benchmark_disable = True  # pytest-benchmark then runs each once and reports nothing
+    if config.option.preset is None:
+        config.option.preset = "quick" if config.option.benchmark else "tiny"
+
+
+def preset_of(config):
+    from libmoe_fast.benchmarks.cases import find_preset
+
+    return find_preset(config.option.preset)
+
+
+def pytest_generate_tests(metafunc):
+    """One test per case of the preset that is of the file's subject: bench_layer.py -> "layer"."""
+    if "case" in metafunc.fixturenames:
+        subject = Path(metafunc.module.__file__).stem.removeprefix("bench_")
+        cases = [case for case in preset_of(metafunc.config).cases if case.subject == subject]
+        metafunc.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+def pytest_collection_modifyitems(items):
+    from libmoe_fast.benchmarks.measure import make_clock
+    from libmoe_fast.benchmarks.run import find_device
+
+    for item in items:
+        if hasattr(item, "callspec") and "race" in item.fixturenames:
+            item.add_marker(pytest.mark.benchmark(group=item.callspec.params["case"].subject))
+            item.add_marker(pytest.mark.benchmark(timer=make_clock(find_device(None))))
+            if item.config.option.benchmark:
+                item.add_marker(pytest.mark.timeout(0))  # as long as it takes
+
+
+@pytest.fixture(scope="session")
+def results(request):
+    """Rows of all cases; shown, and written with --results, when all have run."""
+    import torch
+
+    from libmoe_fast.benchmarks.report import markdown, write_report
+    from libmoe_fast.benchmarks.results import Results, environment
+    from libmoe_fast.benchmarks.run import find_device
+
+    option = request.config.option
+    threads = torch.get_num_threads()
+    if not option.benchmark:
+        torch.set_num_threads(1)  # more only slow these sizes down
+    gathered = Results(preset=option.preset, environment=environment(find_device(None)), rows=[], skipped=[])
+    yield gathered
+    torch.set_num_threads(threads)
+    if option.benchmark and gathered.rows:
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print("\n" + markdown(gathered))
+    if option.results:
+        write_report(gathered, Path(option.results))
+
+
+@pytest.fixture
+def race(benchmark, request, results):
+    """Runs a case: pytest-benchmark times ours, everybody else before each of its rounds."""
+    from libmoe_fast.benchmarks.arena import OURS
+    from libmoe_fast.benchmarks.measure import rounds_for
+    from libmoe_fast.benchmarks.results import Skipped, rows_of
+    from libmoe_fast.benchmarks.run import find_device, prepare
+    from libmoe_fast.errors import BackendError
+
+    def run(build, case):
+        device = find_device(None)
+        try:
+            arena, contest = prepare(build, case, device)
+        except BackendError as error:
+            results.skipped.append(Skipped(case=case.id, entrant=OURS, reason=str(error)))
+            pytest.skip(str(error))
+        preset = preset_of(request.config)
+        rounds = 1
+        if request.config.option.benchmark:
+            once = contest.warm_up(patience=preset.patience)
+            rounds = rounds_for(preset.seconds, once, at_least=preset.at_least, at_most=preset.at_most)
+        benchmark.pedantic(contest.first, setup=contest.others, rounds=rounds)
+        rows = rows_of(case, arena, contest, device)
+        for row in rows:
+            assert row.time.median > 0
+            benchmark.extra_info[row.entrant] = {"time": row.time.median, "over_limit": row.over_limit}
+        results.rows.extend(rows)
+        results.skipped.extend(Skipped(case=case.id, entrant=n, reason=r) for n, r in arena.skipped.items())
+
+    return run

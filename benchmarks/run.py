@@ -1,0 +1,87 @@
+"""A preset from start to folder: results.json, results.md and the plots."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from libmoe_fast.benchmarks.arena import OURS, Arena
+from libmoe_fast.benchmarks.cases import Case, Preset, find_preset
+from libmoe_fast.benchmarks.measure import Contest, make_clock, make_flush, rounds_for
+from libmoe_fast.benchmarks.results import Results, Row, Skipped, environment, rows_of
+from libmoe_fast.errors import BackendError, ConfigError
+
+SEED = 0
+
+
+def run_preset(name: str, out: Path, *, device: str | None = None, threads: int | None = None) -> Results:
+    """Measures every case of a preset and writes the report into `out`, after every case what there is so far.
+
+    Raises ConfigError for an unknown preset or device, or a folder that cannot be written.
+    """
+    preset = find_preset(name)
+    target = find_device(device)
+    try:
+        from tqdm import tqdm
+
+        from libmoe_fast.benchmarks.report import write_report
+    except ImportError as error:
+        raise ConfigError(f"benchmarks need {error.name}: pip install 'libmoe_fast[bench]'") from error
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads is {threads}; it must be at least 1")
+        torch.set_num_threads(threads)
+    results = Results(preset=name, environment=environment(target), rows=[], skipped=[])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tqdm(preset.cases, unit="case") as cases:
+            for case in cases:
+                cases.set_postfix_str(case.id)
+                rows, skipped = measure_case(case, preset, target)
+                results.rows.extend(rows)
+                results.skipped.extend(skipped)
+                results.write(out / "results.json")
+        write_report(results, out)
+    except OSError as error:
+        raise ConfigError(f"cannot write the results into {out}: {error.strerror or error}") from error
+    return results
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device named, else a GPU if there is one. Raises ConfigError for one that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no GPU; leave --device out, or install torch for CUDA")
+    return torch.device(name)
+
+
+def measure_case(case: Case, preset: Preset, device: torch.device) -> tuple[list[Row], list[Skipped]]:
+    """Builds the case, times it for as many rounds as fit, and measures memory. One that cannot run is skipped."""
+    build = import_module(f"libmoe_fast.benchmarks.bench_{case.subject}").build
+    try:
+        arena, contest = prepare(build, case, device)
+    except BackendError as error:
+        return [], [Skipped(case=case.id, entrant=OURS, reason=str(error))]
+    rounds = rounds_for(
+        preset.seconds, contest.warm_up(patience=preset.patience), at_least=preset.at_least, at_most=preset.at_most
+    )
+    contest.run(rounds)
+    rows = rows_of(case, arena, contest, device)
+    skipped = [Skipped(case=case.id, entrant=name, reason=reason) for name, reason in arena.skipped.items()]
+    del arena, contest
+    gc.collect()  # a module and its hooks may be a cycle, and hold gigabytes
+    return rows, skipped
+
+
+def prepare(build: Callable[[Case, torch.device], Arena], case: Case, device: torch.device) -> tuple[Arena, Contest]:
+    """Same random weights and tokens in every run."""
+    torch.manual_seed(SEED)
+    arena = build(case, device)
+    return arena, Contest(arena.entrants, limit=arena.limit, clock=make_clock(device), flush=make_flush(device))
