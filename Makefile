@@ -48,11 +48,14 @@ help:
 demo: $(PACKAGE)
 	$(BIN)/python -m libmoe_fast.train.demo $(DEMO_ARGS)
 
+# Two workers, a file at a time: fixtures of a module are made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 # Twice, because interpreted and compiled Triton kernels cannot share a process. The kernel tests of the first run are
 # those of a GPU, skipped where there is none.
 test: $(PACKAGE)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(PYTEST_ARGS)
 
 # All cores: these sizes use them.
 bench: $(PACKAGE)
