@@ -10,10 +10,12 @@ tensors' device. One asked for by name that cannot work is an error, never anoth
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from libmoe_fast import cpu_backend, extension, losses, reference
 from libmoe_fast.errors import BackendError
@@ -100,7 +102,10 @@ def route(
         from libmoe_fast import triton_backend
 
         return triton_backend.route(x, weight, bias, spec, temperature, noise, noise_weight, loss_options)
-    return reference.route(x, weight, bias, spec=spec, temperature=temperature, noise=noise, noise_weight=noise_weight)
+    options = {"spec": spec, "temperature": temperature, "noise": noise, "noise_weight": noise_weight}
+    if x.dtype in (torch.float32, torch.float64):
+        return reference.route(x, weight, bias, **options)
+    return recomputed(reference.route, x, weight, bias, **options)  # else float32 copies of x would be kept
 
 
 def with_losses(routing: Routing, options: LossOptions, spec: RouterSpec) -> Routing:
@@ -139,8 +144,17 @@ def experts(
         from libmoe_fast import triton_backend
 
         return triton_backend.experts(x, routing, w1, b1, w2, b2, **options)
-    function = cpu_backend.experts if backend == "cpu" else reference.experts
-    return function(x, routing.weights, routing.index, w1, b1, w2, b2, **options)
+    inputs = (x, routing.weights, routing.index, w1, b1, w2, b2)
+    if backend == "cpu":
+        return cpu_backend.experts(*inputs, **options)
+    return recomputed(reference.experts, *inputs, **options)  # else N T H numbers and more would be kept
+
+
+def recomputed(function: Callable, *inputs, **options):
+    """function(*inputs, **options), which keeps only its inputs for backward and runs again there."""
+    if not torch.is_grad_enabled():
+        return function(*inputs, **options)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def float_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -468,3 +468,23 @@ def test_from_dense_keeps_dtype_mode_and_frozenness():
 def test_bad_arguments(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_memory_kept_for_backward(router, backend):
+    """At CLIP-L's sizes at most 2TD + 2TKH bytes in bf16, and 1% for the routing: no float32 copy, no [T*K, O]."""
+    T, D, H, K = 256, 1024, 4096, 2
+    moe = MoE(D, H, D, num_experts=4, top_k=K, router=router, backend=backend, dtype=torch.bfloat16)
+    own = {t.untyped_storage().data_ptr() for t in (*moe.parameters(), *moe.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive: no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        moe(torch.randn(T, D, dtype=torch.bfloat16, requires_grad=True))
+    kept_bytes = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    gate = 4 * 2 * 4 * (D + 1) if router == "hyper" else 0  # the generated gate, whatever T is
+    assert 2 * T * D <= kept_bytes <= 1.01 * (2 * T * D + 2 * T * K * H) + gate
