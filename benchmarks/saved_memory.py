@@ -6,27 +6,13 @@ python benchmarks/saved_memory.py
 import copy
 
 import torch
-from torch import Tensor, nn
 
 from libmoe_fast import MoE
+from libmoe_fast.benchmarks.measure import Entrant, saved_bytes
 from libmoe_fast.benchmarks.peers import add_peer
 
 T, D, H, N, K = 2308, 1024, 4096, 4, 2  # CLIP-L/14-336, four images
 PEERS = ("loop", "grouped_mm", "hf_grouped_mm")
-
-
-def kept_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps alive between forward and backward, parameters and buffers aside."""
-    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive: no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
 
 
 def main() -> None:
@@ -39,7 +25,8 @@ def main() -> None:
     least = 2 * T * D + 2 * T * K * H
     print("| layer | kept for backward (MB) | over 2TD + 2TKH |\n|---|---|---|")
     for name, layer in layers.items():
-        size = kept_bytes(layer, x)
+        held = (*layer.parameters(), *layer.buffers())
+        size = saved_bytes(Entrant(run=lambda layer=layer: layer(x), held=held))
         print(f"| {name} | {size / 1e6:.1f} | {size / least:.2f} |")
 
 
