@@ -97,7 +97,8 @@ def build_sdist(builder: Path, work: Path) -> Path:
     with tarfile.open(archive) as tar:
         tar.extractall(work / "sdist", filter="data")
     (source,) = (work / "sdist").iterdir()
-    needed = [path.relative_to(ROOT) for path in (ROOT / "csrc").iterdir()]
+    sources = (path for path in (ROOT / "csrc").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    needed = [path.relative_to(ROOT) for path in sources]
     needed += [Path(name) for name in ("LICENSE", "pyproject.toml", "setup.py", "tests/test_extension.py")]
     missing = [str(path) for path in needed if not (source / path).is_file()]
     if missing:
