@@ -352,11 +352,13 @@ def test_pytest_suite_measures_with_the_flag(tmp_path):
     folder = Path(arena.__file__).resolve().parent
     command = [sys.executable, "-m", "pytest", str(folder / "bench_permutation.py"), "--benchmark", "--preset", "tiny"]
     command += ["-p", "no:cacheprovider", f"--benchmark-json={tmp_path / 'own.json'}", f"--results={tmp_path / 'out'}"]
+    # A session of its own: to a child that sees the variables of a parallel worker, pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1"},
         cwd=folder.parent,
         timeout=200,
     )
