@@ -1,4 +1,4 @@
-// grouped_mlp and grouped_mlp_backward: arguments checked, results allocated, one of the two ways chosen.
+// cpu_experts and cpu_experts_backward: arguments checked, results allocated, one of the two ways chosen.
 #include "experts.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -149,18 +149,18 @@ void zero_idle_experts(const ExpertInputs<T>& inputs, const ExpertGradients<T>& 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, const Tensor& weights, const Tensor& order,
-                                       const Tensor& inverse, const Tensor& offsets, const Tensor& w1,
-                                       const std::optional<Tensor>& b1, const Tensor& w2,
+std::tuple<Tensor, Tensor> cpu_experts(const Tensor& x, const std::optional<Tensor>& /*rows*/, const Tensor& weights,
+                                       const Tensor& order, const Tensor& inverse, const Tensor& offsets,
+                                       const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
                                        const std::optional<Tensor>& b2, const std::string& activation, bool gated,
-                                       bool keep_z) {
-  const ArgumentCheck check("grouped_mlp");
+                                       bool store_z) {
+  const ArgumentCheck check("cpu_experts");
   const ExpertArguments arguments(check, {x, weights, order, inverse, offsets, w1, w2, b1, b2}, activation, gated);
-  Tensor y = new_tensor(x, {x.size(0), w2.size(1)});                                // [T, O]
-  Tensor z = new_tensor(x, {keep_z ? arguments.choices() : 0, w1.size(1)});  // [T*K, H or 2H]
+  Tensor y = new_tensor(x, {x.size(0), w2.size(1)});                          // [T, O]
+  Tensor z = new_tensor(x, {store_z ? arguments.choices() : 0, w1.size(1)});  // [T*K, H or 2H]
   dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
     const ExpertInputs<T> inputs = arguments.inputs<T>();
-    T* kept = keep_z ? z.mutable_data_ptr<T>() : nullptr;
+    T* kept = store_z ? z.mutable_data_ptr<T>() : nullptr;
     if constexpr (kHasTiles<T>) {
       if (tiles_pay(x.scalar_type())) return forward_in_tiles<T>(inputs, kept, y.mutable_data_ptr<T>());
     }
@@ -169,12 +169,13 @@ std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, const Tensor& weights, c
   return {y, z};
 }
 
-std::vector<Tensor> grouped_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& weights, const Tensor& order,
+std::vector<Tensor> cpu_experts_backward(const Tensor& dy, const Tensor& x, const Tensor& weights, const Tensor& order,
                                          const Tensor& inverse, const Tensor& offsets, const Tensor& w1,
                                          const std::optional<Tensor>& b1, const Tensor& w2,
                                          const std::optional<Tensor>& b2, const Tensor& z,
-                                         const std::string& activation, bool gated, bool weight_grads) {
-  const ArgumentCheck check("grouped_mlp_backward");
+                                         const std::string& activation, bool gated, bool sum_over_k,
+                                         bool weight_grads) {
+  const ArgumentCheck check("cpu_experts_backward");
   const ExpertArguments arguments(check, {x, weights, order, inverse, offsets, w1, w2, b1, b2}, activation, gated);
   check.shape(dy, "dy", "[T, O]", {x.size(0), w2.size(1)});
   check.same_dtype(dy, "dy", x, "x");
@@ -183,34 +184,47 @@ std::vector<Tensor> grouped_mlp_backward(const Tensor& dy, const Tensor& x, cons
   const Tensor grad = torch::stable::contiguous(dy), hidden = torch::stable::contiguous(z);
   const ExpertTensors& tensors = arguments.tensors();
 
-  const auto matrix = [](const Tensor& like) { return new_tensor(like, {like.size(0), like.size(1)}); };
-  const auto stacked = [](const Tensor& like) { return new_tensor(like, {like.size(0), like.size(1), like.size(2)}); };
-  std::vector<Tensor> results{matrix(tensors.x), matrix(tensors.weights)};
+  const auto like = [](const Tensor& tensor) {
+    return tensor.dim() == 2 ? new_tensor(tensor, {tensor.size(0), tensor.size(1)})
+                             : new_tensor(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
+  };
+  Tensor drows = new_tensor(x, {arguments.choices(), x.size(1)}), dweights = like(tensors.weights);
+  std::optional<Tensor> dw1, db1, dw2, db2;
   if (weight_grads) {
-    results.push_back(stacked(tensors.w1));
-    results.push_back(stacked(tensors.w2));
-    if (b1.has_value()) results.push_back(matrix(*tensors.b1));
-    if (b2.has_value()) results.push_back(matrix(*tensors.b2));
+    dw1 = like(tensors.w1);
+    dw2 = like(tensors.w2);
+    if (b1.has_value()) db1 = like(*tensors.b1);
+    if (b2.has_value()) db2 = like(*tensors.b2);
   }
+  std::vector<Tensor> results{drows};
   dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
     const ExpertInputs<T> inputs = arguments.inputs<T>();
-    ExpertGradients<T> gradients{results[0].mutable_data_ptr<T>(), results[1].mutable_data_ptr<Accumulator<T>>(),
-                                 nullptr, nullptr, nullptr, nullptr};
-    if (weight_grads) {
-      gradients.dw1 = results[2].mutable_data_ptr<T>();
-      gradients.dw2 = results[3].mutable_data_ptr<T>();
-      if (b1.has_value()) gradients.db1 = results[4].mutable_data_ptr<T>();
-      if (b2.has_value()) gradients.db2 = results.back().mutable_data_ptr<T>();
-    }
+    const auto pointer = [](std::optional<Tensor>& tensor) {
+      return tensor.has_value() ? tensor->mutable_data_ptr<T>() : nullptr;
+    };
+    const ExpertGradients<T> gradients{.drows = drows.mutable_data_ptr<T>(),
+                                       .dweights = dweights.mutable_data_ptr<Accumulator<T>>(),
+                                       .dw1 = pointer(dw1),
+                                       .dw2 = pointer(dw2),
+                                       .db1 = pointer(db1),
+                                       .db2 = pointer(db2)};
     zero_idle_experts(inputs, gradients);
+    const T *dy_rows = grad.const_data_ptr<T>(), *z_rows = hidden.const_data_ptr<T>();
+    bool in_tiles = false;
     if constexpr (kHasTiles<T>) {
-      if (tiles_pay(x.scalar_type())) {
-        return backward_in_tiles<T>(inputs, grad.const_data_ptr<T>(), hidden.const_data_ptr<T>(), gradients);
-      }
+      in_tiles = tiles_pay(x.scalar_type());
+      if (in_tiles) backward_in_tiles<T>(inputs, dy_rows, z_rows, gradients);
     }
-    backward_with_mm<T>(inputs, grad.const_data_ptr<T>(), hidden.const_data_ptr<T>(), gradients);
+    if (!in_tiles) backward_with_mm<T>(inputs, dy_rows, z_rows, gradients);
+    if (!sum_over_k) return;
+    results[0] = new_tensor(x, {x.size(0), x.size(1)});  // dx [T, D]
+    combine_rows<T>(drows.const_data_ptr<T>(), inputs.inverse, nullptr, results[0].mutable_data_ptr<T>(),
+                    inputs.tokens, inputs.in, inputs.top_k);
   });
-  results[1] = torch::stable::to(results[1], weights.scalar_type());
+  results.push_back(torch::stable::to(dweights, weights.scalar_type()));
+  for (const std::optional<Tensor>& gradient : {dw1, db1, dw2, db2}) {
+    if (gradient.has_value()) results.push_back(*gradient);
+  }
   return results;
 }
 

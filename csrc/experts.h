@@ -2,7 +2,7 @@
 //
 //   forward:   z = xs W1^T + b1 -> a = act(z) -> ys = a W2^T + b2 -> y = sum over a token's choices of weight * ys
 //   backward:  g = dys W2 -> dweight = <g, a> + <dys, b2>, dz = weight g act'(z)
-//              -> dW2 = dys^T (weight a), dW1 = dz^T xs, dxs = dz W1 -> dx
+//              -> dW2 = dys^T (weight a), dW1 = dz^T xs, dxs = dz W1
 //
 // xs and dys are the rows of x and dy in expert order; expert e owns rows offsets[e] to offsets[e + 1]. Backward needs no
 // forward GEMM again, because <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>.
@@ -35,7 +35,7 @@ struct ExpertInputs {
 
 template <typename T>
 struct ExpertGradients {
-  T* dx;                       // [T, D]
+  T* drows;                    // [T*K, D]: the gradient of xs
   Accumulator<T>* dweights;    // [T, K]
   T *dw1, *dw2, *db1, *db2;    // dw1 and dw2 null for frozen experts, db1 and db2 also without that bias
 };

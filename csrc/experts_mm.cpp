@@ -92,12 +92,12 @@ void backward_with_mm(const ExpertInputs<T>& in, const T* dy, const T* z, const 
   ScratchPlan plan;
   const size_t xs_at = plan.add<T>(most * in.in), dys_at = plan.add<T>(most * in.out);
   const size_t g_at = plan.add<T>(most * in.hidden), a_at = plan.add<T>(most * in.hidden);
-  const size_t dz_at = plan.add<T>(most * in.up), dxs_at = plan.add<T>(in.choices * in.in);
+  const size_t dz_at = plan.add<T>(most * in.up);
   const size_t dots_at = plan.add<Real>(panels * most), sums_at = plan.add<Real>(panels * 2 * kTileColumns);
   const size_t row_sums_at = plan.add<Real>(std::max(in.out, most));
   const Scratch scratch(plan);
   T *xs = scratch.at<T>(xs_at), *dys = scratch.at<T>(dys_at), *g = scratch.at<T>(g_at), *a = scratch.at<T>(a_at);
-  T *dz = scratch.at<T>(dz_at), *dxs = scratch.at<T>(dxs_at);
+  T *dz = scratch.at<T>(dz_at);
   Real *dots = scratch.at<Real>(dots_at), *sums = scratch.at<Real>(sums_at), *total = scratch.at<Real>(row_sums_at);
 
   for (int64_t expert = 0; expert < in.experts; ++expert) {
@@ -118,7 +118,7 @@ void backward_with_mm(const ExpertInputs<T>& in, const T* dy, const T* z, const 
       if (in.gated) store_tile<T>(target + in.hidden, in.up, tile.up, place.rows, place.columns);
       store_tile<T>(a + first * in.hidden + place.column, in.hidden, tile.value, place.rows, place.columns);
     });
-    torch_mm(dxs + row * in.in, Matrix<T>{dz, rows, in.up}, weight(in.w1, expert, in.up, in.in));
+    torch_mm(gradients.drows + row * in.in, Matrix<T>{dz, rows, in.up}, weight(in.w1, expert, in.up, in.in));
     finish_dweights(in, expert, dy, dots, rows, rows, panels, total, gradients.dweights);
     if (gradients.dw1 == nullptr) continue;
     copy_rows(in, in.x, in.in, row, rows, xs);
@@ -135,7 +135,6 @@ void backward_with_mm(const ExpertInputs<T>& in, const T* dy, const T* z, const 
       store_sum<T>(gradients.db2 + expert * in.out, total, in.out);
     }
   }
-  combine_rows<T>(dxs, in.inverse, nullptr, gradients.dx, in.tokens, in.in, in.top_k);
 }
 
 #define LIBMOE_FAST_INSTANTIATE(T)                                   \

@@ -348,7 +348,6 @@ class Backward {
       hidden_gradients(group);
       remaining_gradients(group);
     }
-    combine_rows<T>(at<T>(dxs_), in_.inverse, nullptr, out_.dx, in_.tokens, in_.in, in_.top_k);
   }
 
  private:
@@ -375,7 +374,6 @@ class Backward {
     dz_ = plan.add<T>((weight_grads() ? rows : 0) * in_.up);
     a_right_ = plan.add<uint32_t>(kept / kPerWord<T> * hidden_panels_ * kTileColumns);
     xs_right_ = plan.add<uint32_t>(kept / kPerWord<T> * in_panels_ * kTileColumns);
-    dxs_ = plan.add<T>(in_.choices * in_.in);
     dots_ = plan.add<float>(hidden_panels_ * rows);
     totals_ = plan.add<float>(rows);
     sums_ = plan.add<float>(units * hidden_panels_ * 2 * kTileColumns);
@@ -537,7 +535,7 @@ class Backward {
     alignas(64) float tile[kTileSize];
     multiply_unit<T>(unit, dz_steps_, at<uint32_t>(dz_left_), right, first, last, in_.in, tile,
                      [&](const TilePlace& place, int64_t, int64_t) {
-      store_tile<T>(at<T>(dxs_) + place.row * in_.in + place.column, in_.in, tile, place.rows, place.columns);
+      store_tile<T>(out_.drows + place.row * in_.in + place.column, in_.in, tile, place.rows, place.columns);
     });
   }
 
@@ -594,7 +592,7 @@ class Backward {
   ExpertGradients<T> out_;
   std::vector<Group> groups_;
   int64_t hidden_panels_, in_panels_, dy_steps_, dz_steps_;
-  size_t dys_, dz_left_, dz_, a_right_, xs_right_, dxs_, dots_, totals_, sums_, dy_rows_, x_rows_, dz_rows_, local_,
+  size_t dys_, dz_left_, dz_, a_right_, xs_right_, dots_, totals_, sums_, dy_rows_, x_rows_, dz_rows_, local_,
       local_rows_;
   int64_t local_stride_, local_rows_stride_;
   Scratch scratch_;

@@ -1,4 +1,5 @@
-// permute_index: a stable counting sort of the T*K expert choices.
+#include "permute.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -73,6 +74,15 @@ void place_choices(const int64_t* experts, const Slices& slices, int64_t num_exp
 
 }  // namespace
 
+void sort_choices(const int64_t* experts, int64_t choices, int64_t num_experts, int64_t* order, int64_t* inverse,
+                  int64_t* offsets) {
+  const Slices slices(choices);
+  std::vector<int64_t> counts(slices.count * num_experts, 0);
+  count_choices(experts, slices, num_experts, counts);
+  counts_to_places(slices, num_experts, counts, offsets);
+  place_choices(experts, slices, num_experts, counts, order, inverse);
+}
+
 std::tuple<Tensor, Tensor, Tensor> permute_index(const Tensor& index, int64_t num_experts) {
   const ArgumentCheck check("permute_index");
   check.between(num_experts, "num_experts", 1, INT32_MAX);
@@ -81,17 +91,12 @@ std::tuple<Tensor, Tensor, Tensor> permute_index(const Tensor& index, int64_t nu
   const Tensor experts = torch::stable::contiguous(index);
   check.entries(experts, "index", num_experts);
 
-  const Slices slices(experts.numel());
-  Tensor order = torch::stable::new_empty(experts, {slices.choices});    // [T*K]
-  Tensor inverse = torch::stable::new_empty(experts, {slices.choices});  // [T*K]
+  const int64_t choices = experts.numel();
+  Tensor order = torch::stable::new_empty(experts, {choices});    // [T*K]
+  Tensor inverse = torch::stable::new_empty(experts, {choices});  // [T*K]
   Tensor offsets = torch::stable::new_empty(experts, {num_experts + 1});  // [N+1]
-
-  const int64_t* chosen = experts.const_data_ptr<int64_t>();
-  std::vector<int64_t> counts(slices.count * num_experts, 0);
-  count_choices(chosen, slices, num_experts, counts);
-  counts_to_places(slices, num_experts, counts, offsets.mutable_data_ptr<int64_t>());
-  place_choices(chosen, slices, num_experts, counts, order.mutable_data_ptr<int64_t>(),
-                inverse.mutable_data_ptr<int64_t>());
+  sort_choices(experts.const_data_ptr<int64_t>(), choices, num_experts, order.mutable_data_ptr<int64_t>(),
+               inverse.mutable_data_ptr<int64_t>(), offsets.mutable_data_ptr<int64_t>());
   return {order, inverse, offsets};
 }
 

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from libmoe_fast.spec import RouterSpec
+from libmoe_fast.spec import RouterSpec, routed_shapes
 
 from .permutation import choices_per_step, count_kernel, padded_experts, permute_kernel
 from .routing import route_kernel
@@ -109,21 +109,6 @@ def depth_step(depth: int, num_experts: int, step: int) -> int:
 
 def block_tokens(length: int) -> int:
     return min(BLOCK_TOKENS, max(16, triton.next_power_of_2(length)))
-
-
-def routed_shapes(spec: RouterSpec, tokens: int, noisy: bool) -> dict[str, tuple[int, ...] | None]:
-    """Shapes of Routed; None for what the spec has no use for."""
-    cosine, every = spec.score == "cosine", (tokens, spec.num_experts)
-    return {
-        "index": (tokens, spec.top_k),
-        "weights": (tokens, spec.top_k),
-        "probs": every,
-        "logits": every,
-        "x_norm": (tokens,) if cosine else None,
-        "w_norm": (spec.num_experts,) if cosine else None,
-        "cosines": every if cosine else None,
-        "noise_scale": every if noisy and spec.noise == "learned" else None,
-    }
 
 
 def dispatch(
@@ -240,7 +225,7 @@ def dispatch_backward(
     first_share: Tensor,
     *,
     dweights: Tensor,
-    daux: Tensor | None,
+    dlosses: Tensor | None,
     aux_scale: Tensor | None,
     dxs: Tensor | None,
     spec: RouterSpec,
@@ -250,7 +235,8 @@ def dispatch_backward(
 ) -> RouterGrads:
     """Gradients of what `dispatch` took.
 
-    dweights [T, K] float32; the auxiliary loss has gradient daux + aux_scale, scalars, either of which may be None;
+    dweights [T, K] float32; dlosses [3], the gradients of the aux, balance and z loss, and aux_scale, a further one
+    of the aux loss, may be None;
     dxs [T*K, D], the experts' gradient of their rows, is summed over K into dx.
     """
     x, N = inputs.x, spec.num_experts
@@ -278,7 +264,7 @@ def dispatch_backward(
         **pointers(routed),
         first_share_ptr=first_share,
         dweights_ptr=dweights,
-        daux_ptr=daux,
+        dlosses_ptr=dlosses,
         aux_scale_ptr=aux_scale,
         dxs_ptr=dxs,
         inverse_ptr=inverse,
@@ -292,9 +278,9 @@ def dispatch_backward(
         sequences=sequences,
         balance_coef=balance_coef,
         z_coef=z_coef,
-        AUX=daux is not None or aux_scale is not None,
+        AUX=dlosses is not None or aux_scale is not None,
         ATTACH=aux_scale is not None,
-        DAUX=daux is not None,
+        DLOSSES=dlosses is not None,
         HAS_DXS=dxs is not None,
         **arguments,
     )

@@ -1,6 +1,6 @@
 """Routing, backward: from gate-weight gradients and the auxiliary loss to dx, dW, db, dtemperature.
 
-    dweights [T, K], daux -> dscore [T, N] -> dx = sum over K of dxs + dscore W (+ norm terms); per block: db, dtemp.
+    dweights [T, K], dlosses -> dscore [T, N] -> dx = sum over K of dxs + dscore W (+ norm terms); per block: db, dtemp.
     ddot [T, N]^T x [T, D]  -> dW, in parts of SPLIT tokens, then their sum in order
 
 These are the last three launches of a layer's backward; the sum over K of the experts' dx rides in the first.
@@ -30,7 +30,7 @@ def route_backward_kernel(
     noise_scale_ptr,
     first_share_ptr,
     dweights_ptr,
-    daux_ptr,
+    dlosses_ptr,
     aux_scale_ptr,
     dxs_ptr,
     inverse_ptr,
@@ -59,7 +59,7 @@ def route_backward_kernel(
     LEARNED_TEMPERATURE: tl.constexpr,
     AUX: tl.constexpr,
     ATTACH: tl.constexpr,
-    DAUX: tl.constexpr,
+    DLOSSES: tl.constexpr,
     HAS_DXS: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
@@ -111,19 +111,25 @@ def route_backward_kernel(
 
     dlogits = tl.zeros((BT, NP), tl.float32)
     if AUX:
-        daux = 0.0
-        if DAUX:
-            daux += tl.load(daux_ptr).to(tl.float32)
+        daux = 0.0  # gradients of the aux loss, and of the two that it is made of
+        dbalance = 0.0
+        dz = 0.0
+        if DLOSSES:
+            daux += tl.load(dlosses_ptr)
+            dbalance += tl.load(dlosses_ptr + 1)
+            dz += tl.load(dlosses_ptr + 2)
         if ATTACH:
             daux += tl.load(aux_scale_ptr)
+        dbalance += daux * balance_coef
+        dz += daux * z_coef
         share = tl.load(first_share_ptr + sequence * N + n, mask=real, other=0.0)
-        dp += (daux * balance_coef * N / (length * sequences)) * share[None, :]
+        dp += (dbalance * N / (length * sequences)) * share[None, :]
         padded = tl.where(real[None, :], logits, float("-inf"))
         high = tl.max(padded, 1)
         e = tl.exp(padded - high[:, None])
         total = tl.sum(e, 1)
         z = high + tl.log(total)
-        dlogits += (daux * z_coef * 2.0 / (length * sequences)) * (z / total)[:, None] * e
+        dlogits += (dz * 2.0 / (length * sequences)) * (z / total)[:, None] * e
     if PROBABILITY == "softmax" or PROBABILITY == "softmax_sigmoid":
         if LEARNED_TEMPERATURE:
             temperature = tl.load(temperature_ptr).to(tl.float32)

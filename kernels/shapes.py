@@ -82,7 +82,7 @@ def run_layer(shape: Shape, router: str, dtype: torch.dtype, device: torch.devic
         permuted.inverse,
         values.first_share,
         dweights=grads.dweights,
-        daux=None,
+        dlosses=None,
         aux_scale=tensor(dtype=torch.float32) if spec.aux else None,
         dxs=grads.dxs,
         spec=spec,

@@ -14,7 +14,7 @@ import torch
 
 NAME = "_cpu"
 PERMUTATION_OPS = ("permute_index", "gather", "weighted_scatter", "row_dot")
-OPS = (*PERMUTATION_OPS, "grouped_mlp", "grouped_mlp_backward")
+OPS = (*PERMUTATION_OPS, "cpu_dispatch", "cpu_dispatch_backward", "cpu_experts", "cpu_experts_backward")
 CUDA_NAME = "_cuda"
 CUDA_OPS = PERMUTATION_OPS
 TORCH_FLOOR = (2, 13)  # as in setup.py

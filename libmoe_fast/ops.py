@@ -4,8 +4,8 @@ Backends are chosen per call: the `backend` argument, else LIBMOE_FAST_BACKEND, 
 tensors' device. One asked for by name that cannot work is an error, never another backend.
 
     reference   plain PyTorch (reference.py), anywhere
-    cpu         C++ token permutation and grouped expert GEMMs (cpu_backend.py), on CPU tensors
-    triton      fused routing and grouped GEMMs (kernels/, triton_backend.py), on CUDA and ROCm, and in the interpreter
+    cpu         fused routing and experts in C++ (csrc/, cpu_backend.py), on CPU tensors
+    triton      the same in Triton (kernels/, triton_backend.py), on CUDA and ROCm, and in the interpreter
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from libmoe_fast import cpu_backend, extension, losses, reference
+from libmoe_fast import cpu_backend, extension, fused, losses, reference
 from libmoe_fast.errors import BackendError
 from libmoe_fast.spec import AuxLosses, LossOptions, RouterSpec, Routing
 
@@ -78,6 +78,17 @@ def choose_backend(requested: str | None, device: torch.device, dtype: torch.dty
     return name
 
 
+def fused_ops(backend: str, x: Tensor) -> fused.FusedOps | None:
+    """The ops of `backend` for tokens x [T, D]; None for reference.py, which also serves no tokens on GPUs."""
+    if backend == "cpu":
+        return cpu_backend.OPS
+    if backend == "reference" or x.shape[0] == 0:
+        return None
+    from libmoe_fast import triton_backend
+
+    return triton_backend.OPS
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The two halves of a layer
 
@@ -98,11 +109,9 @@ def route(
 
     A fused backend also makes the auxiliary losses that `loss_options` asks for, and the dispatch; see `with_losses`.
     """
-    if choose_backend(backend, x.device, x.dtype) == "triton" and x.shape[0] > 0:
-        from libmoe_fast import triton_backend
-
-        return triton_backend.route(x, weight, bias, spec, temperature, noise, noise_weight, loss_options)
     options = {"spec": spec, "temperature": temperature, "noise": noise, "noise_weight": noise_weight}
+    if ops := fused_ops(choose_backend(backend, x.device, x.dtype), x):
+        return fused.route(ops, x, weight, bias, **options, options=loss_options)
     if x.dtype in (torch.float32, torch.float64):
         return reference.route(x, weight, bias, **options)
     return recomputed(reference.route, x, weight, bias, **options)  # else float32 copies of x would be kept
@@ -138,15 +147,10 @@ def experts(
     backend: str | None = None,
 ) -> Tensor:
     """Runs the chosen experts, y [T, O]; weights as in `reference.experts`. Dropless, deterministic."""
-    backend = choose_backend(backend, x.device, x.dtype)
     options = {"activation": activation, "gated": gated}
-    if backend == "triton" and x.shape[0] > 0:
-        from libmoe_fast import triton_backend
-
-        return triton_backend.experts(x, routing, w1, b1, w2, b2, **options)
+    if ops := fused_ops(choose_backend(backend, x.device, x.dtype), x):
+        return fused.experts(ops, x, routing, w1, b1, w2, b2, **options)
     inputs = (x, routing.weights, routing.index, w1, b1, w2, b2)
-    if backend == "cpu":
-        return cpu_backend.experts(*inputs, **options)
     return recomputed(reference.experts, *inputs, **options)  # else N T H numbers and more would be kept
 
 

@@ -3,7 +3,7 @@
 score -> probability p -> selection score s -> top-K of s (ties: lowest index) -> gate weights w
 """
 
-import json
+import functools
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -36,7 +36,7 @@ class RouterSpec:
     noise: Literal["off", "gaussian", "learned"] = "off"
     noise_std: float = 0.0
     aux: bool = True
-    # As an argument of a torch op, which takes no dataclass; made once, since torch.compile does not trace json.
+    # "num_experts=4 top_k=2 ...": as an argument of a torch op, which takes no dataclass. Made once, for torch.compile.
     encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -51,12 +51,38 @@ class RouterSpec:
                 check_choice(name, getattr(self, name), choices)
         if self.tau < 0 or self.noise_std < 0:
             raise ConfigError(f"tau is {self.tau} and noise_std {self.noise_std}; neither may be negative")
-        object.__setattr__(self, "encoded", json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.init}))
+        words = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.init)
+        object.__setattr__(self, "encoded", " ".join(words))
 
     @property
     def weights_sum_to_one(self) -> bool:
         """Whether the gate weights of a token sum to 1, so that an upcycled layer equals its dense MLP."""
         return self.gate != "none"
+
+
+@functools.cache
+def decode_spec(encoded: str) -> RouterSpec:
+    """The RouterSpec whose `encoded` this is."""
+    readers = {int: int, float: float, bool: "True".__eq__}
+    hints = get_type_hints(RouterSpec)
+    words = (word.split("=") for word in encoded.split())
+    return RouterSpec(**{name: readers.get(hints[name], str)(value) for name, value in words})
+
+
+def routed_shapes(spec: RouterSpec, tokens: int, noisy: bool) -> dict[str, tuple[int, ...] | None]:
+    """Shapes of what fused routing keeps for backward; None for what the spec has no use for. index is int64, the
+    others are in the dtype that sums are kept in. `noisy`: whether there is noise."""
+    cosine, every = spec.score == "cosine", (tokens, spec.num_experts)
+    return {
+        "index": (tokens, spec.top_k),
+        "weights": (tokens, spec.top_k),
+        "probs": every,
+        "logits": every,
+        "x_norm": (tokens,) if cosine else None,  # tau included
+        "w_norm": (spec.num_experts,) if cosine else None,
+        "cosines": every if cosine else None,
+        "noise_scale": every if noisy and spec.noise == "learned" else None,
+    }
 
 
 class Dispatch(NamedTuple):

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from libmoe_fast import cpu_backend, extension, reference
+from libmoe_fast import cpu_backend, extension, fused, reference
+from libmoe_fast.spec import Routing
 
 pytestmark = pytest.mark.skipif(not extension.load().loaded, reason="the C++ extension is not built")
 lib = torch.ops.libmoe_fast
@@ -33,6 +34,10 @@ def problem(T, D, H, O, N, K, *, dtype, gated=False, bias=(True, True), skewed=F
         (torch.randn(N, O) * 0.1).to(dtype) if bias[1] else None,
     ]
     return index.contiguous(), tensors, torch.randn(T, O).to(dtype)
+
+
+def engine(x, weights, index, *params, **options):
+    return fused.experts(cpu_backend.OPS, x, Routing(index, weights), *params, **options)
 
 
 def results(experts, index, tensors, dy, **options):
@@ -80,7 +85,7 @@ def test_error_is_pytorchs_own(shape, activation, gated, bias, dtype, gemm):
     wide = [None if t is None else t.double() for t in tensors]
     exact = results(per_expert, index, wide, dy.double(), **options)
     theirs = results(per_expert, index, tensors, dy, **options)
-    ours = results(cpu_backend.experts, index, tensors, dy, **options)
+    ours = results(engine, index, tensors, dy, **options)
     for position, (a, b, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
         error, allowed = ((v.double() - truth).norm() / truth.norm() for v in (a, b))
         assert error <= 2 * allowed + 1e-15, f"result {position}: {error:.2e}, PyTorch's own {allowed:.2e}"
@@ -94,7 +99,7 @@ def test_more_rows_than_one_pass_takes(split, dtype, gemm):
     index, tensors, dy = problem(*shape, dtype=dtype, skewed=split == "rows")
     options = {"activation": "gelu", "gated": False}
     exact = results(per_expert, index, [t.double() for t in tensors], dy.double(), **options)
-    ours = results(cpu_backend.experts, index, tensors, dy, **options)
+    ours = results(engine, index, tensors, dy, **options)
     for a, truth in zip(ours, exact, strict=True):
         assert (a.double() - truth).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * truth.norm()
 
@@ -102,7 +107,7 @@ def test_more_rows_than_one_pass_takes(split, dtype, gemm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_the_run_or_the_tasks(dtype, gemm):
     index, tensors, dy = problem(500, 96, 200, 80, 4, 2, dtype=dtype)
-    first, second = (results(cpu_backend.experts, index, tensors, dy, activation="gelu", gated=False) for _ in range(2))
+    first, second = (results(engine, index, tensors, dy, activation="gelu", gated=False) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -114,7 +119,7 @@ def test_activations_are_exact_over_their_whole_range(activation, gemm):
     one = torch.ones(1, 1, 1)
     tensors = [z, weights, one, None, one, None]
     options = {"activation": activation, "gated": False}
-    y, slope, *_ = results(cpu_backend.experts, index, tensors, torch.ones_like(z), **options)
+    y, slope, *_ = results(engine, index, tensors, torch.ones_like(z), **options)
     wide = [None if t is None else t.double() for t in tensors]
     value, exact_slope, *_ = results(per_expert, index, wide, torch.ones_like(z).double(), **options)
     assert ((y - value).abs() <= 1e-6 * value.abs() + 1e-9).all()
@@ -124,8 +129,8 @@ def test_activations_are_exact_over_their_whole_range(activation, gemm):
 def test_without_gradients_z_is_not_kept(gemm):
     index, (x, weights, *params), _ = problem(40, 16, 24, 16, 4, 2, dtype=torch.float32)
     permutation = lib.permute_index(index, 4)
-    y, z = lib.grouped_mlp(x, weights, *permutation, *params, "gelu", False, False)
-    kept_y, kept_z = lib.grouped_mlp(x, weights, *permutation, *params, "gelu", False, True)
+    y, z = lib.cpu_experts(x, None, weights, *permutation, *params, "gelu", False, False)
+    kept_y, kept_z = lib.cpu_experts(x, None, weights, *permutation, *params, "gelu", False, True)
     assert z.shape == (0, 24)
     assert kept_z.shape == (80, 24)
     assert torch.equal(y, kept_y)
@@ -134,12 +139,12 @@ def test_without_gradients_z_is_not_kept(gemm):
 def test_frozen_experts_skip_their_gradients(gemm):
     index, (x, weights, *params), dy = problem(40, 16, 24, 16, 4, 2, dtype=torch.float32)
     x.requires_grad_()
-    cpu_backend.experts(x, weights, index, *params, activation="gelu", gated=False).backward(dy)
+    engine(x, weights, index, *params, activation="gelu", gated=False).backward(dy)
     frozen = x.grad
     x.grad = None
     for p in params:
         p.requires_grad_()
-    cpu_backend.experts(x, weights, index, *params, activation="gelu", gated=False).backward(dy)
+    engine(x, weights, index, *params, activation="gelu", gated=False).backward(dy)
     assert torch.equal(frozen, x.grad)
     assert all(p.grad is not None for p in params)
 
@@ -150,7 +155,7 @@ def test_kept_memory_is_never_shared(gemm):
     permutation = lib.permute_index(index, 2)
 
     def call(scale):
-        return lib.grouped_mlp(x * scale, weights, *permutation, *params, "gelu", False, True)
+        return lib.cpu_experts(x * scale, None, weights, *permutation, *params, "gelu", False, True)
 
     alive = [call(scale) for scale in (1.0, 2.0, 3.0)]
     copies = [[t.clone() for t in pair] for pair in alive]
@@ -176,14 +181,14 @@ def test_kept_memory_is_never_shared(gemm):
 def test_a_bad_argument_is_named(change, message):
     index, (x, weights, w1, b1, w2, b2), _ = problem(40, 16, 24, 16, 4, 2, dtype=torch.float32)
     order, inverse, offsets = lib.permute_index(index, 4)
-    arguments = {"x": x, "weights": weights, "order": order, "inverse": inverse, "offsets": offsets}
-    arguments |= {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "activation": "gelu", "gated": False, "keep_z": True}
+    arguments = {"x": x, "rows": None, "weights": weights, "order": order, "inverse": inverse, "offsets": offsets}
+    arguments |= {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "activation": "gelu", "gated": False, "store_z": True}
     with pytest.raises(RuntimeError, match=message):
-        lib.grouped_mlp(**(arguments | change))
+        lib.cpu_experts(**(arguments | change))
 
 
 def test_an_unknown_way_to_multiply_is_an_error(monkeypatch):
     monkeypatch.setenv("LIBMOE_FAST_CPU_GEMM", "mkl")
     index, tensors, dy = problem(4, 4, 4, 4, 2, 1, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="LIBMOE_FAST_CPU_GEMM is 'mkl'; expected torch"):
-        results(cpu_backend.experts, index, tensors, dy, activation="gelu", gated=False)
+        results(engine, index, tensors, dy, activation="gelu", gated=False)

@@ -1,5 +1,7 @@
 """torch.library hygiene of every op (opcheck), autograd of the permutation, and the choice of backend."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def leaf(*shape, dtype=torch.float64):
 def expert_arguments(permutation):
     _, order, inverse, offsets = permutation
     weights = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
-    return leaf(T, D), weights, order, inverse, offsets, leaf(N, H, D), leaf(N, H), leaf(N, O, H), leaf(N, O)
+    return leaf(T, D), None, weights, order, inverse, offsets, leaf(N, H, D), leaf(N, H), leaf(N, O, H), leaf(N, O)
 
 
 def test_opcheck(permutation):
@@ -39,13 +41,15 @@ def test_opcheck(permutation):
     check(lib.weighted_scatter.default, (leaf(T * K, O), inverse, K))
     check(lib.weighted_scatter.default, (leaf(T * K, O), inverse, K, weights))
     check(lib.row_dot.default, (torch.randn(T * K, O), torch.randn(T, O), inverse, K))
-    check(lib.grouped_mlp.default, (*expert_arguments(permutation), "gelu", False, True))
+    x, _, *tensors = expert_arguments(permutation)
+    check(lib.cpu_experts.default, (x, None, *tensors, "gelu", False, True))
+    check(lib.cpu_experts.default, (x.detach(), leaf(T * K, D), *tensors, "gelu", False, True))
     check(ops.attach_aux_loss, (weights, leaf(), torch.ones(())))
     check(ops.aux_loss_gradient, (torch.rand(T, K), torch.ones(())))
-    *tensors, b2 = (t.detach() for t in expert_arguments(permutation))
-    backward = (torch.randn(T, O, dtype=torch.float64), *tensors, b2, torch.randn(T * K, H, dtype=torch.float64))
-    for weight_grads in (True, False):
-        check(lib.grouped_mlp_backward.default, (*backward, "gelu", False, weight_grads))
+    inputs = [t.detach() for t in (x, *tensors)]
+    backward = (torch.randn(T, O, dtype=torch.float64), *inputs, torch.randn(T * K, H, dtype=torch.float64))
+    for sum_over_k, weight_grads in itertools.product((True, False), repeat=2):
+        check(lib.cpu_experts_backward.default, (*backward, "gelu", False, sum_over_k, weight_grads))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -64,12 +68,12 @@ def test_gradcheck_of_the_permutation(permutation, weighted):
 
 def test_saved_for_backward_is_x_z_and_routing(permutation):
     """2TD + 2TKH bytes in bf16, parameters and the routing (K int64 thrice, weights) aside."""
-    x, weights, *rest = expert_arguments(permutation)
+    x, _, weights, *rest = expert_arguments(permutation)
     x, *params = (t.detach().bfloat16().requires_grad_() for t in (x, *rest[3:]))
     weights, permuted = weights.detach().float().requires_grad_(), rest[:3]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lib.grouped_mlp(x, weights, *permuted, *params, "gelu", False, True)
+        lib.cpu_experts(x, None, weights, *permuted, *params, "gelu", False, True)
     known = {t.data_ptr() for t in (*params, *permuted, weights)}
     assert sum(t.nbytes for t in saved if t.data_ptr() not in known) == 2 * T * D + 2 * T * K * H
 

@@ -1,64 +1,13 @@
 """Routing and permutation kernels, forward and backward, against reference.route and the losses in float64."""
 
-import dataclasses
-
 import pytest
 import torch
-from kernel_checks import (
-    DEVICE,
-    DispatchCase,
-    check_dispatch,
-    dispatch_data,
-    load_kernels,
-    run_dispatch,
-    sorted_choices,
-)
+from dispatch_checks import BUILT_IN, USER_MADE, DispatchCase, sorted_choices
+from kernel_checks import DEVICE, check_dispatch, dispatch_data, load_kernels, run_dispatch
 
 from libmoe_fast import reference
-from libmoe_fast.routers import ROUTERS, build_router
 
 KERNELS = load_kernels()
-
-# The specs of the built-in routers and of each of their options that the kernels see.
-BUILT_IN = {
-    "smoe": {},
-    "smoe-gaussian": {"noise": "gaussian", "noise_std": 0.6},
-    "smoe-learned-noise": {"noise": "learned"},
-    "cosine": {"score": "cosine", "bias": "selection", "gate": "softmax"},
-    "perturbed": {"score": "cosine", "tau": 0.1, "bias": "selection", "gate": "softmax"},
-    "sigmoid-softmax": {"bias": "score", "probability": "softmax_sigmoid"},
-    "sigmoid-sum": {"bias": "score", "probability": "sigmoid"},
-    "sigmoid-none": {"bias": "score", "probability": "sigmoid", "gate": "none"},
-    "hyper": {"bias": "score", "probability": "identity", "gate": "softmax", "aux": False},
-}
-# Routers that a user may register: other paths through the same kernels.
-USER_MADE = {
-    "loss-free-balancing": {"bias": "selection", "probability": "sigmoid"},  # DeepSeek-V3's
-    "cosine-learned-noise": {"score": "cosine", "tau": 0.1, "noise": "learned", "gate": "none"},
-    "cosine-sigmoid-score-bias": {
-        "score": "cosine",
-        "bias": "score",
-        "probability": "softmax_sigmoid",
-        "gate": "softmax",
-    },
-}
-
-
-def test_the_built_in_specs_are_those_of_the_routers():
-    """So that the table above cannot fall behind."""
-    options = {
-        "smoe-gaussian": {"noise": "gaussian", "noise_std": 0.6},
-        "smoe-learned-noise": {"noise": "learned"},
-        "sigmoid-sum": {"normalize": "sum"},
-        "sigmoid-none": {"normalize": "none"},
-    }
-    names = {"perturbed": "perturbed_cosine"}
-    for case, fields in BUILT_IN.items():
-        name = names.get(case, case.split("-")[0])
-        router = build_router(name, 8, 6, 3, **options.get(case, {}))
-        spec = dataclasses.replace(router.spec, noise_std=fields.get("noise_std", 0.0))  # of no use without noise
-        assert spec == DispatchCase(router=fields).spec, case
-    assert {names.get(case, case.split("-")[0]) for case in BUILT_IN} == set(ROUTERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -113,12 +62,12 @@ def test_float32_router_on_bfloat16_tokens(router):
     check_dispatch(KERNELS, DispatchCase(router=router, dtype=torch.bfloat16, router_dtype=torch.float32))
 
 
-@pytest.mark.parametrize("missing", ["daux", "aux_scale", "both", "dxs"])
+@pytest.mark.parametrize("missing", ["dlosses", "aux_scale", "both", "dxs"])
 def test_gradients_that_may_be_missing(missing):
     """Each is None in some mode: the loss returned or attached, evaluation, experts that ran on other rows."""
     case = DispatchCase(router=BUILT_IN["cosine"])
     data = dispatch_data(case)
-    absent = ("daux", "aux_scale") if missing == "both" else (missing,)
+    absent = ("dlosses", "aux_scale") if missing == "both" else (missing,)
     zeros = data._replace(**{name: torch.zeros_like(getattr(data, name)) for name in absent})
     without = run_dispatch(KERNELS, case, data._replace(**dict.fromkeys(absent)))
     for name, value in run_dispatch(KERNELS, case, zeros).items():

@@ -160,7 +160,7 @@ def test_launching_never_waits_for_the_gpu(architecture, gated, fake_gpu):
             permuted.inverse,
             values.first_share,
             dweights=grads.dweights,
-            daux=None,
+            dlosses=None,
             aux_scale=empty(dtype=torch.float32),
             dxs=grads.dxs,
             **coefs,

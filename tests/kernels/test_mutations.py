@@ -102,7 +102,7 @@ MUTATIONS = [
         "tl.sum(tl.sum(terms, 1), 0)",
     ),
     Mutation("softplus-slope", "learned noise", "routing_backward.py", "(1.0 - tl.exp(-scale))", "tl.exp(-scale)"),
-    Mutation("z-loss-halved", "sigmoid", "routing_backward.py", "z_coef * 2.0", "z_coef"),
+    Mutation("z-loss-halved", "sigmoid", "routing_backward.py", "dz * 2.0", "dz"),
     Mutation(
         "sigmoid-slope", "sigmoid", "routing_backward.py", "dlogits * logits * (1.0 - logits)", "dlogits * logits"
     ),

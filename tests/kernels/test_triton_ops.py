@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DEVICE, normal
 from torch.library import opcheck
 
-from libmoe_fast import triton_backend
+from libmoe_fast import fused, triton_backend
 from libmoe_fast.routers import build_router
 
 T, D, H, O, N, K = 10, 24, 40, 16, 3, 2
@@ -44,7 +44,7 @@ ROUTING = [
 @pytest.mark.parametrize(("name", "options"), ROUTING)
 def test_dispatch(name, options, monkeypatch):
     """The rows have no values of their own; opcheck compares outputs, so here they are zeros."""
-    monkeypatch.setattr(triton_backend, "virtual_rows", lambda x, k: x.new_zeros(1).expand(x.shape[0] * k, x.shape[1]))
+    monkeypatch.setattr(fused, "virtual_rows", lambda x, k: x.new_zeros(1).expand(x.shape[0] * k, x.shape[1]))
     opcheck(triton_backend.dispatch_op, dispatch_arguments(name, options))
 
 
@@ -66,7 +66,7 @@ def expert_arguments(*, bias: bool = True, through_rows: bool = True) -> list:
     x = normal(T, D)
     return [
         x if through_rows else x.requires_grad_(),
-        triton_backend.virtual_rows(x, K).requires_grad_() if through_rows else None,
+        fused.virtual_rows(x, K).requires_grad_() if through_rows else None,
         torch.rand(T, K).to(DEVICE).requires_grad_(),
         *triton_backend.permute_op(index, N),
         normal(N, H, D).requires_grad_(),
