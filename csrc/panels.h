@@ -1,0 +1,85 @@
+// Operands in panels of 32 columns, and the products of a unit's rows with them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "row_groups.h"
+
+namespace libmoe_fast {
+
+// Panels of the operand that a task packs for itself stay in the second-level cache.
+constexpr int64_t kPanelBytes = 256 << 10;
+constexpr int64_t kMostPanels = 8;
+
+inline int64_t panels_of(int64_t width) { return divide_up(width, kTileColumns); }
+
+template <typename T>
+constexpr int64_t kPanelSteps = kTileColumns / kPerWord<T>;  // steps that a panel of results makes in the next sum
+
+template <typename T>
+int64_t steps_of(int64_t elements) {
+  return divide_up(elements, kPerWord<T>);
+}
+
+// Panels per task: as many as the cache holds, but enough tasks to share out.
+inline int64_t panels_per_task(int64_t panels, int64_t panel_words, int64_t units) {
+  const int64_t cached = std::clamp<int64_t>(kPanelBytes / (panel_words * 4), 1, kMostPanels);
+  const int64_t shared = panels * units / (4 * torch::stable::get_num_threads());
+  return std::clamp<int64_t>(shared, 1, cached);
+}
+
+// Words of the widest task-local operand of `width` words per step.
+inline int64_t local_words(int64_t steps, int width) { return kMostPanels * steps * width; }
+
+// The rows of a tile kept in T, as packing wants them.
+template <typename T>
+struct RoundedTile {
+  alignas(64) T values[kTileSize];
+  const T* rows[kTileRows];
+
+  void set(const Accumulator<T>* tile, int count) {
+    store_tile<T>(values, kTileColumns, tile, count, kTileColumns);
+    for (int i = 0; i < kTileRows; ++i) rows[i] = i < count ? values + i * kTileColumns : nullptr;
+  }
+};
+
+// Packs a strip of a unit: its rows of x or dy as the left operand.
+template <typename T>
+void pack_strip(const ExpertInputs<T>& inputs, const Unit& unit, int64_t strip, const T* matrix, int64_t width,
+                uint32_t* packed) {
+  const int64_t row = unit.row_of(strip), steps = steps_of<T>(width);
+  const int rows = unit.rows_of(strip);
+  const T* pointers[kTileRows];
+  for (int i = 0; i < rows; ++i) pointers[i] = inputs.row_of(matrix, width, row + i);
+  pack_along<T>(pointers, rows, width, steps, kTileRows, packed + (unit.strip + strip) * steps * kTileRows);
+}
+
+// Weights that are packed next.
+template <typename T>
+struct NextWeights {
+  const T* data = nullptr;
+  int64_t count = 0;
+};
+
+// Calls finish(place, strip, panel) for every tile of a unit's rows and the panels [first, last).
+template <typename T, typename Finish>
+void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, const uint32_t* right, int64_t first,
+                   int64_t last, int64_t width, float* tile, const Finish& finish, NextWeights<T> next = {}) {
+  const int64_t all_steps = unit.strips * (last - first) * steps;
+  Ahead ahead{reinterpret_cast<const char*>(next.data),
+              std::min<int64_t>(64, divide_up(next.count * sizeof(T), all_steps))};
+  for (int64_t strip = 0; strip < unit.strips; ++strip) {
+    const int rows = unit.rows_of(strip);
+    const uint32_t* strip_left = left + (unit.strip + strip) * steps * kTileRows;
+    for (int64_t panel = first; panel < last; ++panel) {
+      multiply_tile<T>(rows, steps, strip_left, right + (panel - first) * steps * kTileColumns, tile, ahead);
+      ahead.data += ahead.bytes_per_step * steps;
+      const int64_t column = panel * kTileColumns;
+      const TilePlace place{unit.expert, unit.row_of(strip), column, rows, tile_extent(width, column, kTileColumns)};
+      finish(place, strip, panel);
+    }
+  }
+}
+
+}  // namespace libmoe_fast

@@ -1,0 +1,54 @@
+#include "row_groups.h"
+
+namespace libmoe_fast {
+
+namespace {
+
+// Packed rows of one group stay in cache between the step that makes them and the steps that read them, also where
+// neighbours take their share of the last level: 12 MiB cost up to 30% there, 3 MiB nothing.
+constexpr int64_t kGroupBytes = int64_t{3} << 20;
+// Rows that meet one packing of the weights: packing costs about 1 / rows of the multiplication.
+constexpr int64_t kMostUnitRows = 1344, kLeastUnitRows = 224;
+
+// Splits rows evenly over the fewest tiles.
+int strip_height(int64_t rows) {
+  const int64_t even = divide_up(divide_up(rows, divide_up(rows, kTileRows)), 2) * 2;
+  return static_cast<int>(even);
+}
+
+void append_rows(Group& group, int64_t expert, int64_t row, int64_t rows, int64_t most_rows) {
+  const int height = strip_height(rows);
+  const int64_t strips = divide_up(rows, height);
+  const int64_t unit_strips = divide_up(strips, divide_up(rows, most_rows));
+  if (group.rows == 0) group.row = row;
+  group.spans.push_back({expert, row, rows, height, strips, group.padded_rows});
+  for (int64_t first = 0; first < strips; first += unit_strips) {
+    const int64_t count = std::min(unit_strips, strips - first);
+    const int64_t begin = first * height;
+    group.units.push_back({expert, row + begin, std::min(rows - begin, count * height), height, count,
+                           group.strips + first, first});
+  }
+  group.rows += rows;
+  group.strips += strips;
+  group.padded_rows += strips * height;
+}
+
+}  // namespace
+
+std::vector<Group> make_groups(const int64_t* offsets, int64_t experts, int64_t row_bytes, bool split) {
+  const int64_t most_rows = std::clamp(kGroupBytes / row_bytes, kLeastUnitRows, kMostUnitRows);
+  std::vector<Group> groups;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int64_t rows = offsets[expert + 1] - offsets[expert];
+    if (rows == 0) continue;
+    const int64_t part = split ? divide_up(divide_up(rows, divide_up(rows, most_rows)), kTileRows) * kTileRows : rows;
+    for (int64_t begin = 0; begin < rows; begin += part) {
+      const int64_t count = std::min(part, rows - begin);
+      if (groups.empty() || groups.back().rows + count > most_rows) groups.emplace_back();
+      append_rows(groups.back(), expert, offsets[expert] + begin, count, most_rows);
+    }
+  }
+  return groups;
+}
+
+}  // namespace libmoe_fast

@@ -1,0 +1,172 @@
+// Forward in tiles. Per group of rows, three rounds of tasks: pack x; the hidden layer, whose activations are packed
+// for the output layer while in cache; and the output layer.
+#include <algorithm>
+#include <vector>
+
+#include "experts.h"
+#include "panels.h"
+#include "scratch.h"
+
+namespace libmoe_fast {
+
+namespace {
+
+constexpr int64_t kMostChained = 8;  // blocks of panels that one thread does in a row, fetching the next meanwhile
+
+// Packs a panel: 32 weight rows, whose elements follow each other in the sum.
+template <typename T>
+void pack_weight_rows(const T* weight, int64_t rows, int64_t width, int64_t first_row, int64_t steps,
+                      uint32_t* packed) {
+  const T* pointers[kTileColumns] = {};
+  const int count = tile_extent(rows, first_row, kTileColumns);
+  for (int i = 0; i < count; ++i) pointers[i] = weight + (first_row + i) * width;
+  pack_along<T>(pointers, count, width, steps, kTileColumns, packed);
+}
+
+template <typename T>
+class Forward {
+ public:
+  Forward(const ExpertInputs<T>& inputs, T* z, T* y)
+      : in_(inputs),
+        z_(z),
+        y_(y),
+        groups_(make_groups(inputs.offsets, inputs.experts, (inputs.in + inputs.hidden) * sizeof(T), true)),
+        in_steps_(steps_of<T>(inputs.in)),
+        hidden_steps_(panels_of(inputs.hidden) * kPanelSteps<T>),
+        scratch_(plan()) {}
+
+  void run() {
+    for (const Group& group : groups_) {
+      pack_tokens(group);
+      hidden_layer(group);
+      output_layer(group);
+    }
+    combine_rows<T>(scratch_.template at<T>(outputs_), in_.inverse, in_.weights, y_, in_.tokens, in_.out, in_.top_k);
+  }
+
+ private:
+  ScratchPlan plan() {
+    ScratchPlan plan;
+    const int64_t strips = largest(groups_, [](const Group& group) { return group.strips; });
+    tokens_ = plan.add<uint32_t>(strips * in_steps_ * kTileRows);
+    activations_ = plan.add<uint32_t>(strips * hidden_steps_ * kTileRows);
+    outputs_ = plan.add<T>(in_.choices * in_.out);
+    local_stride_ = local_words(std::max(in_steps_ * (in_.gated ? 2 : 1), hidden_steps_), kTileColumns);
+    local_ = plan.add<uint32_t>(local_stride_ * torch::stable::get_num_threads());
+    return plan;
+  }
+
+  uint32_t* local(int64_t worker) const { return scratch_.template at<uint32_t>(local_) + worker * local_stride_; }
+
+  void pack_tokens(const Group& group) {
+    for_each_strip(group, [&](const Unit& unit, int64_t strip) {
+      pack_strip<T>(in_, unit, strip, in_.x, in_.in, scratch_.template at<uint32_t>(tokens_));
+    });
+  }
+
+  // Calls body(unit, first, last, end, worker) for blocks of panels; [last, end) is what the same thread does next.
+  template <typename Body>
+  static void for_each_block(const Group& group, int64_t panels, int64_t panel_words, const Body& body) {
+    const int64_t units = group.units.size(), per_block = panels_per_task(panels, panel_words, units);
+    const int64_t blocks = divide_up(panels, per_block);
+    const int64_t chain = std::clamp<int64_t>(blocks * units / (4 * torch::stable::get_num_threads()), 1, kMostChained);
+    const int64_t chains = divide_up(blocks, chain);
+    for_each_task(chains * units, [&](int64_t task, int64_t worker) {
+      const int64_t begin = task % chains * chain * per_block, end = std::min(panels, begin + chain * per_block);
+      for (int64_t first = begin; first < end; first += per_block) {
+        body(group.units[task / chains], first, std::min(end, first + per_block), std::min(end, first + 2 * per_block),
+             worker);
+      }
+    });
+  }
+
+  // The rows of a weight that panels [first, last) are made of.
+  static NextWeights<T> rows_of(const T* weight, int64_t rows, int64_t width, int64_t first, int64_t last) {
+    const int64_t begin = std::min(rows, first * kTileColumns), end = std::min(rows, last * kTileColumns);
+    return {weight + begin * width, (end - begin) * width};
+  }
+
+  void hidden_layer(const Group& group) {
+    const int64_t panel_words = in_steps_ * kTileColumns, sides = in_.gated ? 2 : 1;
+    for_each_block(group, panels_of(in_.hidden), panel_words * sides,
+                   [&](const Unit& unit, int64_t first, int64_t last, int64_t end, int64_t worker) {
+      uint32_t* gate_right = local(worker);
+      uint32_t* up_right = gate_right + (last - first) * panel_words;
+      const T* weight = in_.w1 + unit.expert * in_.up * in_.in;
+      for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t row = panel * kTileColumns, offset = (panel - first) * panel_words;
+        pack_weight_rows(weight, in_.hidden, in_.in, row, in_steps_, gate_right + offset);
+        if (in_.gated) {
+          pack_weight_rows(weight + in_.hidden * in_.in, in_.hidden, in_.in, row, in_steps_, up_right + offset);
+        }
+      }
+      hidden_tiles(unit, gate_right, up_right, first, last, rows_of(weight, in_.hidden, in_.in, last, end));
+    });
+  }
+
+  void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, int64_t first, int64_t last,
+                    NextWeights<T> next) {
+    alignas(64) float gate[kTileSize], up[kTileSize], value[kTileSize];
+    RoundedTile<T> rounded;
+    const auto* tokens = scratch_.template at<uint32_t>(tokens_);
+    auto* activations = scratch_.template at<uint32_t>(activations_);
+    multiply_unit<T>(unit, in_steps_, tokens, gate_right, first, last, in_.hidden, gate,
+                     [&](const TilePlace& place, int64_t strip, int64_t panel) {
+      const int64_t number = unit.strip + strip;
+      if (in_.gated) {
+        multiply_tile<T>(place.rows, in_steps_, tokens + number * in_steps_ * kTileRows,
+                         up_right + (panel - first) * in_steps_ * kTileColumns, up);
+      }
+      finish_hidden<T>(in_, place, z_, gate, up, value);
+      rounded.set(value, place.rows);
+      pack_along<T>(rounded.rows, place.rows, kTileColumns, kPanelSteps<T>, kTileRows,
+                    activations + (number * hidden_steps_ + panel * kPanelSteps<T>) * kTileRows);
+    }, next);
+  }
+
+  void output_layer(const Group& group) {
+    const int64_t panel_words = hidden_steps_ * kTileColumns;
+    for_each_block(group, panels_of(in_.out), panel_words,
+                   [&](const Unit& unit, int64_t first, int64_t last, int64_t end, int64_t worker) {
+      uint32_t* right = local(worker);
+      const T* weight = in_.w2 + unit.expert * in_.out * in_.hidden;
+      for (int64_t panel = first; panel < last; ++panel) {
+        pack_weight_rows(weight, in_.out, in_.hidden, panel * kTileColumns, hidden_steps_,
+                         right + (panel - first) * panel_words);
+      }
+      output_tiles(unit, right, first, last, rows_of(weight, in_.out, in_.hidden, last, end));
+    });
+  }
+
+  void output_tiles(const Unit& unit, const uint32_t* right, int64_t first, int64_t last, NextWeights<T> next) {
+    alignas(64) float tile[kTileSize];
+    T* outputs = scratch_.template at<T>(outputs_);
+    const T* bias = in_.second_bias(unit.expert);
+    const auto* activations = scratch_.template at<uint32_t>(activations_);
+    multiply_unit<T>(unit, hidden_steps_, activations, right, first, last, in_.out, tile,
+                     [&](const TilePlace& place, int64_t, int64_t) {
+      if (bias != nullptr) add_bias<T>(tile, bias + place.column, place.rows, place.columns);
+      store_tile<T>(outputs + place.row * in_.out + place.column, in_.out, tile, place.rows, place.columns);
+    }, next);
+  }
+
+  const ExpertInputs<T>& in_;
+  T *z_, *y_;
+  std::vector<Group> groups_;
+  int64_t in_steps_, hidden_steps_;
+  size_t tokens_, activations_, outputs_, local_;
+  int64_t local_stride_;
+  Scratch scratch_;
+};
+
+}  // namespace
+
+template <typename T>
+void forward_in_tiles(const ExpertInputs<T>& inputs, T* z, T* y) {
+  Forward<T>(inputs, z, y).run();
+}
+
+template void forward_in_tiles(const ExpertInputs<float>&, float*, float*);
+template void forward_in_tiles(const ExpertInputs<BFloat16>&, BFloat16*, BFloat16*);
+
+}  // namespace libmoe_fast
