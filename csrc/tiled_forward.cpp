@@ -11,7 +11,26 @@ namespace libmoe_fast {
 
 namespace {
 
-constexpr int64_t kMostChained = 8;  // blocks of panels that one thread does in a row, fetching the next meanwhile
+// Blocks of panels that one thread does in a row, fetching the next meanwhile.
+struct Chain {
+  int64_t unit, begin, end;
+};
+
+// Long chains first and single blocks last, so that all threads end at about the same time.
+std::vector<Chain> make_chains(int64_t units, int64_t blocks) {
+  constexpr int64_t kLongest = 8;
+  const int64_t shares = 2 * torch::stable::get_num_threads();
+  std::vector<Chain> chains;
+  for (int64_t unit = 0; unit < units; ++unit) {
+    for (int64_t begin = 0; begin < blocks;) {
+      const int64_t left = (units - unit) * blocks - begin;
+      const int64_t length = std::min(std::clamp<int64_t>(left / shares, 1, kLongest), blocks - begin);
+      chains.push_back({unit, begin, begin + length});
+      begin += length;
+    }
+  }
+  return chains;
+}
 
 // Packs a panel: 32 weight rows, whose elements follow each other in the sum.
 template <typename T>
@@ -68,13 +87,12 @@ class Forward {
   template <typename Body>
   static void for_each_block(const Group& group, int64_t panels, int64_t panel_words, const Body& body) {
     const int64_t units = group.units.size(), per_block = panels_per_task(panels, panel_words, units);
-    const int64_t blocks = divide_up(panels, per_block);
-    const int64_t chain = std::clamp<int64_t>(blocks * units / (4 * torch::stable::get_num_threads()), 1, kMostChained);
-    const int64_t chains = divide_up(blocks, chain);
-    for_each_task(chains * units, [&](int64_t task, int64_t worker) {
-      const int64_t begin = task % chains * chain * per_block, end = std::min(panels, begin + chain * per_block);
-      for (int64_t first = begin; first < end; first += per_block) {
-        body(group.units[task / chains], first, std::min(end, first + per_block), std::min(end, first + 2 * per_block),
+    const std::vector<Chain> chains = make_chains(units, divide_up(panels, per_block));
+    for_each_task(static_cast<int64_t>(chains.size()), [&](int64_t task, int64_t worker) {
+      const Chain& chain = chains[task];
+      const int64_t end = std::min(panels, chain.end * per_block);
+      for (int64_t first = chain.begin * per_block; first < end; first += per_block) {
+        body(group.units[chain.unit], first, std::min(end, first + per_block), std::min(end, first + 2 * per_block),
              worker);
       }
     });
