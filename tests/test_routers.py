@@ -181,6 +181,21 @@ def test_hyper_hypernetwork_stays_frozen():
     assert {f"hypernet.{n}" for n in ("w1", "b1", "w2", "b2")} < set(router.state_dict())
 
 
+def test_hyper_generates_the_same_gate_in_parts(monkeypatch):
+    router = build_router("hyper", 8, 5, 2).double()  # 45 numbers to generate
+    w1, b1, w2, b2 = router.hypernet.buffers()
+    embedding = router.embedding.detach()
+    expected, pull = torch.func.vjp(lambda e: w2 @ torch.relu(w1 @ e + b1) + b2, embedding)
+    upstream = torch.randn(45, dtype=torch.float64)
+    for rows in (1, 44, 45, 1000):
+        monkeypatch.setattr("libmoe_fast.routers.GENERATED_AT_A_TIME", rows)
+        router.zero_grad()
+        flat = torch.cat([torch.cat([w, b[None]]) for w, b in zip(*router.hypernet(router.embedding), strict=True)])
+        flat.backward(upstream)
+        torch.testing.assert_close(flat, expected)
+        torch.testing.assert_close(router.embedding.grad, *pull(upstream))
+
+
 def test_gates_start_small():
     """N(0, 0.02): the sample deviation of 4 x 1,024 draws lies within 5 sigma = 5 * 0.02 / sqrt(2 * 4,096)."""
     torch.manual_seed(0)
