@@ -29,7 +29,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test bench lint gate wheel-check doctor install clean distclean
+.PHONY: help demo test bench lint gate sanitize wheel-check doctor install clean distclean
 
 help:
 	@echo "make demo         train and compare five routers on real images; report in runs/demo (DEMO_ARGS=--short: less)"
@@ -38,6 +38,7 @@ help:
 	@echo "make doctor       say what is installed and which backends work here"
 	@echo "make lint         check the style of the Python files"
 	@echo "make gate         compile the GPU kernels for four architectures, and count the bytes they move"
+	@echo "make sanitize     run the op tests on the C++ library under address and undefined-behaviour sanitizer"
 	@echo "make wheel-check  build one wheel and test it under torch 2.13 and under the torch in .venv"
 	@echo "make install      only set up .venv and install the package there"
 	@echo "make clean        remove build products; make distclean: the environments as well"
@@ -70,6 +71,9 @@ lint: $(PACKAGE)
 gate: $(PACKAGE)
 	$(BIN)/python -m libmoe_fast.kernels.aot
 	$(BIN)/python -m libmoe_fast.kernels.traffic
+
+sanitize: $(PACKAGE)
+	$(BIN)/python tests/sanitize.py $(PYTEST_ARGS)
 
 wheel-check: $(PACKAGE)
 	$(BIN)/python tests/abi/check.py

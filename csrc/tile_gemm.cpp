@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "sanitizer.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LIBMOE_FAST_TILES 1
 // GCC 12 takes the undefined operand of its own unmasked intrinsics for a mistake (GCC bug 105593).
@@ -98,6 +100,22 @@ LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const
   for (int i = 0; i < kRows; ++i) store_sums(tile + i * kTileColumns, sum[i], add);
 }
 
+// The first elements of a row, as many as the mask has bits, zeros after them.
+LIBMOE_FAST_AVX512 inline __m512i load_halves(__mmask32 valid, const void* row) {
+  check_read(row, __builtin_popcount(valid) * 2);
+  return _mm512_maskz_loadu_epi16(valid, row);
+}
+
+LIBMOE_FAST_AVX512 inline __m512 load_floats(__mmask16 valid, const float* row) {
+  check_read(row, __builtin_popcount(valid) * 4);
+  return _mm512_maskz_loadu_ps(valid, row);
+}
+
+LIBMOE_FAST_AVX512 inline void store_words(uint32_t* packed, __mmask16 columns, __m512i words) {
+  check_write(packed, __builtin_popcount(columns) * 4);
+  _mm512_mask_storeu_epi32(packed, columns, words);
+}
+
 // 16 x 16 words: row i of `block` becomes column i.
 LIBMOE_FAST_AVX512 inline void transpose(__m512i (&block)[16]) {
   __m512i pairs[16], quads[16];
@@ -145,22 +163,22 @@ LIBMOE_FAST_AVX512 void pack_16_rows(const char* const* rows, int count, int64_t
     __m512i block[16];
     LIBMOE_FAST_UNROLL
     for (int i = 0; i < 16; ++i) {
-      block[i] = i < count ? _mm512_maskz_loadu_epi16(valid, rows[i] + step * 4) : _mm512_setzero_si512();
+      block[i] = i < count ? load_halves(valid, rows[i] + step * 4) : _mm512_setzero_si512();
     }
     transpose(block);
     uint32_t* out = packed + step * width;
     const int64_t left = std::min<int64_t>(16, steps - step);
     if (left == 16) {
       LIBMOE_FAST_UNROLL
-      for (int i = 0; i < 16; ++i) _mm512_mask_storeu_epi32(out + i * width, columns, block[i]);
+      for (int i = 0; i < 16; ++i) store_words(out + i * width, columns, block[i]);
     } else {
-      for (int i = 0; i < left; ++i) _mm512_mask_storeu_epi32(out + i * width, columns, block[i]);
+      for (int i = 0; i < left; ++i) store_words(out + i * width, columns, block[i]);
     }
   }
 }
 
 LIBMOE_FAST_AVX512 inline __m512i load_or_zero(__mmask32 valid, const void* row) {
-  return row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, row);
+  return row == nullptr ? _mm512_setzero_si512() : load_halves(valid, row);
 }
 
 // Fetches row[column]; the row may be null, which is then harmless.
@@ -195,7 +213,7 @@ LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t c
     }
     const __m512i even = load_or_zero(valid, rows[0] == nullptr ? nullptr : rows[0] + column);
     const __m512i odd = load_or_zero(valid, rows[1] == nullptr ? nullptr : rows[1] + column);
-    _mm512_mask_storeu_epi32(packed, columns, _mm512_permutex2var_epi16(even, first, odd));
+    store_words(packed, columns, _mm512_permutex2var_epi16(even, first, odd));
     if (width > 16) _mm512_storeu_si512(packed + 16, _mm512_permutex2var_epi16(even, second, odd));
   }
 }
@@ -211,9 +229,9 @@ LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t colu
     }
     const bool zero = rows[step] == nullptr;
     const float* row = zero ? nullptr : rows[step] + column;
-    const __m512 left = zero ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(low, row);
-    _mm512_mask_storeu_ps(packed, columns, left);
-    if (width > 16) _mm512_storeu_ps(packed + 16, zero ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(high, row + 16));
+    const __m512 left = zero ? _mm512_setzero_ps() : load_floats(low, row);
+    store_words(packed, columns, _mm512_castps_si512(left));
+    if (width > 16) _mm512_storeu_ps(packed + 16, zero ? _mm512_setzero_ps() : load_floats(high, row + 16));
   }
 }
 

@@ -1,0 +1,22 @@
+// What address sanitizer cannot see by itself, told to it. Nothing in other builds; tests/sanitize.py makes the one.
+#pragma once
+
+#include <cstddef>
+
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_loadN(const void* data, size_t bytes);
+extern "C" void __asan_storeN(void* data, size_t bytes);
+#endif
+
+namespace libmoe_fast {
+
+// GCC does not instrument masked vector instructions: code that uses them says what they access.
+#if defined(__SANITIZE_ADDRESS__)
+inline void check_read(const void* data, size_t bytes) { __asan_loadN(data, bytes); }
+inline void check_write(void* data, size_t bytes) { __asan_storeN(data, bytes); }
+#else
+inline void check_read(const void*, size_t) {}
+inline void check_write(void*, size_t) {}
+#endif
+
+}  // namespace libmoe_fast
