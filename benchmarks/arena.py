@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from libmoe_fast.benchmarks.cases import Case
+from libmoe_fast.benchmarks.limits import copy_of, dense_gemms
 from libmoe_fast.benchmarks.measure import Entrant
-from libmoe_fast.benchmarks.peers import PEERS, why_not
+from libmoe_fast.benchmarks.peers import PEERS, add_peer, why_not
 from libmoe_fast.errors import BackendError
 from libmoe_fast.layer import MoE
 from libmoe_fast.upcycle import moe_layers
@@ -30,8 +32,8 @@ class Arena(NamedTuple):
 
 
 def peers_for(case: Case) -> tuple[list[str], dict[str, str]]:
-    """(peers that can run this case, reasons of those that cannot). A growth series only takes the loop along."""
-    names = [LOOP] if case.sweep else list(PEERS)
+    """(peers that can run this case, reasons of those that cannot)."""
+    names = PEERS if case.peers is None else case.peers
     reasons = {name: why_not(name, case) for name in names}
     return [n for n in names if reasons[n] is None], {n: r for n, r in reasons.items() if r is not None}
 
@@ -85,6 +87,24 @@ def entrant(
 
     run = {"inference": inference, "fwd": forward, "fwd+bwd": both}[case.mode]
     return Entrant(run, reset, (*inputs, grad, *module.parameters()))
+
+
+def beside_peers(
+    case: Case, moe: MoE, *, part: Callable[[nn.Module], nn.Module], arguments: tuple, inputs: tuple[Tensor, ...]
+) -> Arena:
+    """Ours and the case's peers, each called as `part(layer)(*arguments)`, against dense GEMMs and a memory copy."""
+    names, skipped = peers_for(case)
+    device = moe.experts.w1.device
+    grad = random_tokens(case, device, features=case.shape.out_features)
+    layers = {OURS: moe} | {name: add_peer(moe, name) for name in names}
+    modules = {name: part(layer) for name, layer in layers.items()}
+    entrants = {
+        name: entrant(case, partial(module, *arguments), module=module, inputs=inputs, grad=grad)
+        for name, module in modules.items()
+    }
+    if case.peers is None:
+        entrants[COPY] = Entrant(copy_of(experts_traffic(case), device))
+    return Arena(entrants, "dense GEMM", dense_gemms(case, device), skipped)
 
 
 def experts_traffic(case: Case) -> int:

@@ -44,7 +44,11 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One contest. `sweep` names the letter (T, N, K, H) that a growth series varies."""
+    """One contest.
+
+    sweep   the letter (T, N, K, H) that a growth series varies
+    peers   who takes part beside ours, of experts and layer; None: all that can, and a memory copy
+    """
 
     subject: str
     shape: Shape
@@ -53,6 +57,7 @@ class Case:
     mode: str = "fwd+bwd"
     router: str = "smoe"
     sweep: str | None = None
+    peers: tuple[str, ...] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -144,7 +149,7 @@ def growth(
     ):
         series += [(letter, {"shape": dataclasses.replace(SWEPT, **{field: v})}) for v in values]
     return [
-        Case(subject="layer", dtype=dtype, sweep=letter, **{"shape": SWEPT, "tokens": at, **sizes})
+        Case(subject="layer", dtype=dtype, sweep=letter, peers=("loop",), **{"shape": SWEPT, "tokens": at, **sizes})
         for letter, sizes in series
     ]
 

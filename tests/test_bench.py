@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from libmoe_fast import ROUTERS, BackendError, ConfigError, Experts, MoE
-from libmoe_fast.benchmarks import arena, bench_experts, cases, peers, results
+from libmoe_fast.benchmarks import arena, cases, peers, results
 from libmoe_fast.benchmarks.compare import compare_files
 from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread, peak_bytes, saved_bytes
 from libmoe_fast.benchmarks.report import markdown, write_report
@@ -284,8 +284,8 @@ def test_comparison_of_a_file_with_itself(tiny, capsys):
 
 def test_comparison_flags_a_slowed_op(tmp_path, monkeypatch, capsys):
     """The experts are made slower for real, and only they are flagged."""
-    case = cases.Case(subject="experts", shape=cases.CLIP, tokens=8, dtype="fp32", mode="inference")
-    case = dataclasses.replace(case, shape=dataclasses.replace(cases.CLIP, in_features=256, hidden_features=256))
+    sizes = dataclasses.replace(cases.CLIP, in_features=256, hidden_features=256)
+    case = cases.Case(subject="experts", shape=sizes, tokens=8, dtype="fp32", mode="inference", peers=("loop",))
     preset = cases.Preset(cases=(case,), seconds=0.3, at_least=9)
 
     def measure(name):
@@ -294,7 +294,6 @@ def test_comparison_flags_a_slowed_op(tmp_path, monkeypatch, capsys):
         found.write(tmp_path / name)
         return str(tmp_path / name)
 
-    monkeypatch.setattr(bench_experts, "peers_for", lambda case: (["loop"], {}))
     before = measure("before.json")
     forward = Experts.forward
 
