@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -20,15 +21,27 @@ from libmoe_fast.upcycle import moe_layers
 OURS = "ours"
 COPY = "memory copy"  # takes part beside the peers, as the second limit
 LOOP = "loop"
+SEED = 0
 
 
 class Arena(NamedTuple):
-    """entrants: ours first, or alone where no peer can run; limit_name: what `limit` computes."""
+    """Who takes part in a case.
+
+    entrants     ours first, or alone where no peer can run
+    limit_name   what the limit computes; `make_limit` builds it, so that measuring memory need not
+    skipped      who cannot take part -> why
+    """
 
     entrants: dict[str, Entrant]
     limit_name: str
-    limit: Callable[[], object]
+    make_limit: Callable[[], Callable[[], object]]
     skipped: dict[str, str]
+
+
+def build_arena(case: Case, device: torch.device) -> Arena:
+    """With the same random weights and tokens every time. Raises BackendError where ours cannot run."""
+    torch.manual_seed(SEED)
+    return import_module(f"libmoe_fast.benchmarks.bench_{case.subject}").build(case, device)
 
 
 def peers_for(case: Case) -> tuple[list[str], dict[str, str]]:
@@ -86,7 +99,7 @@ def entrant(
         call().backward(grad)
 
     run = {"inference": inference, "fwd": forward, "fwd+bwd": both}[case.mode]
-    return Entrant(run, reset, (*inputs, grad, *module.parameters()))
+    return Entrant(run, reset, tuple(module.parameters()))
 
 
 def beside_peers(
@@ -104,7 +117,7 @@ def beside_peers(
     }
     if case.peers is None:
         entrants[COPY] = Entrant(copy_of(experts_traffic(case), device))
-    return Arena(entrants, "dense GEMM", dense_gemms(case, device), skipped)
+    return Arena(entrants, "dense GEMM", partial(dense_gemms, case, device), skipped)
 
 
 def experts_traffic(case: Case) -> int:

@@ -20,4 +20,4 @@ def build(case: Case, device: torch.device) -> Arena:
 
 
 def test_experts(case, race):
-    race(build, case)
+    race(case)

@@ -14,4 +14,4 @@ def build(case: Case, device: torch.device) -> Arena:
 
 
 def test_layer(case, race):
-    race(build, case)
+    race(case)

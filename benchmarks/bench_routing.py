@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ def build(case: Case, device: torch.device) -> Arena:
         for name, backend in backends.items()
     }
     passes = 3 if case.mode == "fwd+bwd" else 1  # x; x again, and its gradient
-    return Arena(entrants, "memory copy", copy_of(passes * x.nbytes, device), {})
+    return Arena(entrants, "memory copy", partial(copy_of, passes * x.nbytes, device), {})
 
 
 def route(router: nn.Module, x: Tensor, losses: LossOptions, backend: str) -> Tensor:
@@ -46,4 +48,4 @@ def route(router: nn.Module, x: Tensor, losses: LossOptions, backend: str) -> Te
 
 
 def test_routing(case, race):
-    race(build, case)
+    race(case)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ def build(case: Case, device: torch.device) -> Arena:
     batch = make_batch(case, dense.config.image_token_id, device)
     models = {OURS: ours, LOOP: with_peer(ours, LOOP)}
     entrants = {
-        name: Entrant(training_step(model, batch), held=(*model.parameters(), *batch.values()))
+        name: Entrant(training_step(model, batch), held=tuple(model.parameters()))
         for name, model in models.items()
     }
-    return Arena(entrants, "dense model", training_step(dense, batch), {})
+    return Arena(entrants, "dense model", partial(training_step, dense, batch), {})
 
 
 def make_batch(case: Case, image_token: int, device: torch.device) -> dict[str, Tensor]:
@@ -59,4 +60,4 @@ def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], No
 
 
 def test_training(case, race):
-    race(build, case)
+    race(case)

@@ -11,7 +11,7 @@ from libmoe_fast.benchmarks.results import Results, Row
 from libmoe_fast.errors import ConfigError
 
 TOLERANCE = 0.10
-MEMORY_TOLERANCE = 0.02
+MEMORY_TOLERANCE = 0.05
 VERDICTS = ("slower", "more memory", "faster", "same")
 
 
@@ -80,8 +80,8 @@ def compare_files(old: str | os.PathLike, new: str | os.PathLike, *, tolerance: 
 def judge(old: Row, new: Row, tolerance: float) -> str:
     """Time counts as changed where the medians differ by more than `tolerance` and the quartiles do not overlap.
 
-    Time / limit is compared, so that a machine that is slower today does not look like slower code. Memory has no
-    noise: more of it is a regression beyond MEMORY_TOLERANCE.
+    Time / limit is compared, so that a machine that is slower today does not look like slower code. Memory has next to
+    no noise (resident memory up to 3%): more of it is a regression beyond MEMORY_TOLERANCE.
     """
     before, after = old.over_limit, new.over_limit
     if after.median > before.median * (1 + tolerance) and after.low > before.high:

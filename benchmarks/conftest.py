@@ -31,6 +31,12 @@ def preset_of(config):
     return find_preset(config.option.preset)
 
 
+def device_of(config):
+    from libmoe_fast.benchmarks.run import find_device
+
+    return find_device(None)
+
+
 def pytest_generate_tests(metafunc):
     """One test per case of the preset that is of the file's subject: bench_layer.py -> "layer"."""
     if "case" in metafunc.fixturenames:
@@ -41,12 +47,11 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(items):
     from libmoe_fast.benchmarks.measure import make_clock
-    from libmoe_fast.benchmarks.run import find_device
 
     for item in items:
         if hasattr(item, "callspec") and "race" in item.fixturenames:
             item.add_marker(pytest.mark.benchmark(group=item.callspec.params["case"].subject))
-            item.add_marker(pytest.mark.benchmark(timer=make_clock(find_device(None))))
+            item.add_marker(pytest.mark.benchmark(timer=make_clock(device_of(item.config))))
             if item.config.option.benchmark:
                 item.add_marker(pytest.mark.timeout(0))  # as long as it takes
 
@@ -58,13 +63,12 @@ def results(request):
 
     from libmoe_fast.benchmarks.report import markdown, write_report
     from libmoe_fast.benchmarks.results import Results, environment
-    from libmoe_fast.benchmarks.run import find_device
 
     option = request.config.option
     threads = torch.get_num_threads()
     if not option.benchmark:
         torch.set_num_threads(1)  # more only slow these sizes down
-    gathered = Results(preset=option.preset, environment=environment(find_device(None)), rows=[], skipped=[])
+    gathered = Results(preset=option.preset, environment=environment(device_of(request.config)), rows=[], skipped=[])
     yield gathered
     torch.set_num_threads(threads)
     if option.benchmark and gathered.rows:
@@ -77,30 +81,28 @@ def results(request):
 @pytest.fixture
 def race(benchmark, request, results):
     """Runs a case: pytest-benchmark times ours, everybody else before each of its rounds."""
-    from libmoe_fast.benchmarks.arena import OURS
-    from libmoe_fast.benchmarks.measure import rounds_for
-    from libmoe_fast.benchmarks.results import Skipped, rows_of
-    from libmoe_fast.benchmarks.run import find_device, prepare
+    from libmoe_fast.benchmarks.arena import OURS, build_arena
+    from libmoe_fast.benchmarks.results import Skipped, rows_of, skipped_of
+    from libmoe_fast.benchmarks.run import make_contest
     from libmoe_fast.errors import BackendError
 
-    def run(build, case):
-        device = find_device(None)
+    def run(case):
+        device = device_of(request.config)
         try:
-            arena, contest = prepare(build, case, device)
+            arena = build_arena(case, device)
         except BackendError as error:
             results.skipped.append(Skipped(case=case.id, entrant=OURS, reason=str(error)))
             pytest.skip(str(error))
-        preset = preset_of(request.config)
-        rounds = 1
+        contest, rounds = make_contest(arena, device), 1
         if request.config.option.benchmark:
-            once = contest.warm_up(patience=preset.patience)
-            rounds = rounds_for(preset.seconds, once, at_least=preset.at_least, at_most=preset.at_most)
+            preset = preset_of(request.config)
+            rounds = preset.rounds(contest.warm_up(patience=preset.patience))
         benchmark.pedantic(contest.first, setup=contest.others, rounds=rounds)
         rows = rows_of(case, arena, contest, device)
         for row in rows:
             assert row.time.median > 0
             benchmark.extra_info[row.entrant] = {"time": row.time.median, "over_limit": row.over_limit}
         results.rows.extend(rows)
-        results.skipped.extend(Skipped(case=case.id, entrant=n, reason=r) for n, r in arena.skipped.items())
+        results.skipped.extend(skipped_of(case, arena))
 
     return run

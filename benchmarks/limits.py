@@ -46,6 +46,6 @@ def dense_gemms(case: Case, device: torch.device) -> Callable[[], None]:
 
 def copy_of(byte_count: int, device: torch.device) -> Callable[[], None]:
     """Moves `byte_count` bytes through memory, half of them read and half written."""
-    source = torch.randint(0, 100, (max(byte_count // 2, 1),), dtype=torch.int8, device=device)
+    source = torch.ones(max(byte_count // 2, 1), dtype=torch.int8, device=device)  # written, else there are no pages
     target = torch.empty_like(source)
     return lambda: target.copy_(source)

@@ -1,4 +1,4 @@
-"""Timing and memory: interleaved rounds of entrants, each right after a limit, by one clock for CPU and GPU.
+"""Timing: interleaved rounds of entrants, each right after a limit, by one clock for CPU and GPU.
 
     contest = Contest({"ours": Entrant(run), "peer": Entrant(other)}, limit=mm, clock=make_clock(device))
     contest.run(rounds=9)
@@ -10,10 +10,7 @@ a while slows both. One round more, not counted, warms up.
 
 from __future__ import annotations
 
-import gc
-import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,7 +33,7 @@ class Entrant(NamedTuple):
 
     run      what is timed
     reset    runs before it, not timed: drops the gradients of the last round
-    held     tensors that are there anyway (parameters, the input): not counted as saved for backward
+    held     tensors that are there anyway (parameters): not counted as saved for backward
     """
 
     run: Callable[[], object]
@@ -141,11 +138,6 @@ class Contest:
         return self.clock() - start
 
 
-def rounds_for(seconds: float, one_round: float, *, at_least: int = 3, at_most: int = 25) -> int:
-    """How many rounds fit into `seconds`."""
-    return max(at_least, min(at_most, int(seconds / max(one_round, 1e-9))))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The clock
 
@@ -176,73 +168,3 @@ def make_flush(device: torch.device) -> Callable[[], None]:
         return nothing
     buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     return lambda: buffer.zero_()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def saved_bytes(entrant: Entrant) -> int:
-    """Bytes that autograd keeps between forward and backward: each storage once, without those of `entrant.held`."""
-    held = {t.untyped_storage().data_ptr() for t in entrant.held}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    entrant.reset()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        entrant.run()
-    entrant.reset()
-    return sum(saved.values())
-
-
-def peak_bytes(entrants: Mapping[str, Entrant], device: torch.device) -> dict[str, int]:
-    """The most memory that one run of each holds at a time beyond what was there before it (gradients included).
-
-    On the CPU it counts what goes through torch's allocator, which the scratch memory of oneDNN does not.
-    """
-    gc.collect()
-    return _peaks_on_gpu(entrants) if device.type == "cuda" else _peaks_on_cpu(entrants)
-
-
-def _peaks_on_gpu(entrants: Mapping[str, Entrant]) -> dict[str, int]:
-    peaks = {}
-    for name, entrant in entrants.items():
-        entrant.reset()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        entrant.run()
-        torch.cuda.synchronize()
-        peaks[name] = torch.cuda.max_memory_allocated() - before
-        entrant.reset()
-    return peaks
-
-
-def _peaks_on_cpu(entrants: Mapping[str, Entrant]) -> dict[str, int]:
-    """One profiler session for all, since starting one takes longer than most runs: it notes each allocation."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes lines per session to stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for name, entrant in entrants.items():
-            entrant.reset()
-            with record_function(f"{_RUN}{name}"):
-                entrant.run()
-            entrant.reset()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    spans = {e.name(): (e.start_ns(), e.end_ns()) for e in events if e.name().startswith(_RUN)}
-    peaks = {}
-    for name in entrants:
-        start, end = spans[f"{_RUN}{name}"]
-        totals = itertools.accumulate(size for moment, size in changes if start <= moment <= end)
-        peaks[name] = max(totals, default=0)
-    return peaks
-
-
-_RUN = "libmoe_fast benchmark: "

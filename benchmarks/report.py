@@ -19,8 +19,9 @@ NOTES = """\
 - time: median over the rounds, quartiles in brackets. vs best peer: below 1, ours is faster than everything else here.
 - All engines get the same tokens, weights and routing; peers route in plain PyTorch, with the same auxiliary losses.
 - timed once: a peer far behind, whose first run, without warm-up, is all there is of it.
-- peak: the most that a run holds at a time beyond what was there before it, gradients included. saved: what autograd
-  keeps between forward and backward, parameters and input not counted."""
+- peak: the most that a run holds at a time beyond what was there before it, gradients included; on the CPU resident
+  memory, with what allocators keep for the next run. saved: what autograd keeps between forward and backward, the input
+  included, parameters not."""
 
 TITLES = {
     "routing": "Routing alone",

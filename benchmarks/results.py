@@ -18,11 +18,12 @@ import torch
 
 from libmoe_fast.benchmarks.arena import COPY, OURS, Arena
 from libmoe_fast.benchmarks.cases import Case
-from libmoe_fast.benchmarks.measure import Contest, Spread, peak_bytes, saved_bytes
+from libmoe_fast.benchmarks.measure import Contest, Spread
+from libmoe_fast.benchmarks.memory import peak_bytes, saved_bytes
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("torch", "transformers", "triton", "st-moe-pytorch", "megablocks", "scattermoe", "kernels")
 
 
@@ -35,7 +36,7 @@ class Row:
     over_limit    time / limit, taken per round
     over_best     over_limit / that of the best peer (ours and the memory copy are none); None where there is no peer
     peak_bytes    the most that a run holds at a time beyond what was there; saved_bytes: kept for backward; both None
-                  for the memory copy, and for entrants so slow that they ran once
+                  for the memory copy, for entrants so slow that they ran once, and in a growth series
     """
 
     subject: str
@@ -76,7 +77,7 @@ class Skipped:
 
 
 def rows_of(case: Case, arena: Arena, contest: Contest, device: torch.device) -> list[Row]:
-    """The rows of a finished contest. Measures memory, with one more run of each entrant for each of the two."""
+    """The rows of a finished contest. Measures memory, with a few more runs of each entrant; not in a growth series."""
     ratios = {name: timing.over_limit for name, timing in contest.timings.items()}
     shape = case.shape
     sizes = {
@@ -86,9 +87,9 @@ def rows_of(case: Case, arena: Arena, contest: Contest, device: torch.device) ->
         "N": shape.num_experts,
         "K": shape.top_k,
     }
-    measured = {name: entrant for name, entrant in arena.entrants.items() if name not in (COPY, *contest.timed_once)}
-    peaks = peak_bytes(measured, device)
-    saved = {name: saved_bytes(entrant) for name, entrant in measured.items()}
+    measured = [name for name in arena.entrants if not case.sweep and name not in (COPY, *contest.timed_once)]
+    saved = {name: saved_bytes(arena.entrants[name]) for name in measured}
+    peaks = peak_bytes(case, measured, device) if measured else {}
     rows = []
     for name, timing in contest.timings.items():
         peers = [ratio.median for other, ratio in ratios.items() if other not in (OURS, COPY)]
@@ -115,6 +116,10 @@ def rows_of(case: Case, arena: Arena, contest: Contest, device: torch.device) ->
             )
         )
     return rows
+
+
+def skipped_of(case: Case, arena: Arena) -> list[Skipped]:
+    return [Skipped(case=case.id, entrant=name, reason=reason) for name, reason in arena.skipped.items()]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from libmoe_fast.benchmarks.arena import OURS, Arena
+from libmoe_fast.benchmarks.arena import OURS, Arena, build_arena
 from libmoe_fast.benchmarks.cases import Case, Preset, find_preset
-from libmoe_fast.benchmarks.measure import Contest, make_clock, make_flush, rounds_for
-from libmoe_fast.benchmarks.results import Results, Row, Skipped, environment, rows_of
+from libmoe_fast.benchmarks.measure import Contest, make_clock, make_flush
+from libmoe_fast.benchmarks.results import Results, Row, Skipped, environment, rows_of, skipped_of
 from libmoe_fast.errors import BackendError, ConfigError
-
-SEED = 0
 
 
 def run_preset(name: str, out: Path, *, device: str | None = None, threads: int | None = None) -> Results:
@@ -42,6 +38,7 @@ def run_preset(name: str, out: Path, *, device: str | None = None, threads: int 
             for case in cases:
                 cases.set_postfix_str(case.id)
                 rows, skipped = measure_case(case, preset, target)
+                gc.collect()  # a module and its hooks may be a cycle, and hold gigabytes
                 results.rows.extend(rows)
                 results.skipped.extend(skipped)
                 results.write(out / "results.json")
@@ -64,24 +61,14 @@ def find_device(name: str | None) -> torch.device:
 
 def measure_case(case: Case, preset: Preset, device: torch.device) -> tuple[list[Row], list[Skipped]]:
     """Builds the case, times it for as many rounds as fit, and measures memory. One that cannot run is skipped."""
-    build = import_module(f"libmoe_fast.benchmarks.bench_{case.subject}").build
     try:
-        arena, contest = prepare(build, case, device)
+        arena = build_arena(case, device)
     except BackendError as error:
         return [], [Skipped(case=case.id, entrant=OURS, reason=str(error))]
-    rounds = rounds_for(
-        preset.seconds, contest.warm_up(patience=preset.patience), at_least=preset.at_least, at_most=preset.at_most
-    )
-    contest.run(rounds)
-    rows = rows_of(case, arena, contest, device)
-    skipped = [Skipped(case=case.id, entrant=name, reason=reason) for name, reason in arena.skipped.items()]
-    del arena, contest
-    gc.collect()  # a module and its hooks may be a cycle, and hold gigabytes
-    return rows, skipped
+    contest = make_contest(arena, device)
+    contest.run(preset.rounds(contest.warm_up(patience=preset.patience)))
+    return rows_of(case, arena, contest, device), skipped_of(case, arena)
 
 
-def prepare(build: Callable[[Case, torch.device], Arena], case: Case, device: torch.device) -> tuple[Arena, Contest]:
-    """Same random weights and tokens in every run."""
-    torch.manual_seed(SEED)
-    arena = build(case, device)
-    return arena, Contest(arena.entrants, limit=arena.limit, clock=make_clock(device), flush=make_flush(device))
+def make_contest(arena: Arena, device: torch.device) -> Contest:
+    return Contest(arena.entrants, limit=arena.make_limit(), clock=make_clock(device), flush=make_flush(device))

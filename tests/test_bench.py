@@ -15,7 +15,8 @@ import torch
 from libmoe_fast import ROUTERS, BackendError, ConfigError, Experts, MoE
 from libmoe_fast.benchmarks import arena, cases, peers, results
 from libmoe_fast.benchmarks.compare import compare_files
-from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread, peak_bytes, saved_bytes
+from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread
+from libmoe_fast.benchmarks.memory import peak_bytes, resident_peak, saved_bytes
 from libmoe_fast.benchmarks.report import markdown, write_report
 from libmoe_fast.benchmarks.run import measure_case, run_preset
 from libmoe_fast.cli import main
@@ -166,8 +167,8 @@ def test_spread():
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
 
 
-def test_memory_is_counted_right():
-    """1 MiB tensors: two temporaries alive at a time, one result kept; parameters and input not counted as saved."""
+def test_saved_memory_is_counted_right():
+    """1 MiB tensors: one result kept; what the entrant holds anyway does not count."""
     x = torch.ones(2**18, requires_grad=True)
 
     def run():
@@ -178,14 +179,36 @@ def test_memory_is_counted_right():
     assert saved_bytes(Entrant(lambda: x * x, held=(x,))) == 0
     assert saved_bytes(Entrant(lambda: x * x)) == 2**20
 
-    def run_without_graph():
-        with torch.no_grad():
-            run()
 
-    peaks = peak_bytes({"graph": entrant, "none": Entrant(run_without_graph), "nothing": Entrant(lambda: None)}, CPU)
-    assert peaks["graph"] == pytest.approx(2 * 2**20, rel=0.01)
-    assert peaks["none"] == pytest.approx(2 * 2**20, rel=0.01)
-    assert peaks["nothing"] < 1024
+def test_resident_memory_is_counted_right():
+    """64 MiB tensors, two alive at a time; what a run keeps for the next one counts, too."""
+    x = torch.ones(2**24)
+    kept = []
+
+    def temporaries():
+        ((x * 2).exp() * 3).sum()
+
+    def keeps():
+        kept[:] = [x * 2]
+
+    assert resident_peak(Entrant(temporaries)) == pytest.approx(2 * x.nbytes, rel=0.05)
+    assert resident_peak(Entrant(keeps)) == pytest.approx(2 * x.nbytes, rel=0.05)
+    assert resident_peak(Entrant(keeps, reset=kept.clear)) == pytest.approx(x.nbytes, rel=0.05)
+    assert resident_peak(Entrant(lambda: None)) < 2**20
+
+
+def test_peak_memory_is_that_of_an_entrant_alone():
+    """Whatever ran before here, and kept memory: a case's gradients and pre-activation alone are more than nothing."""
+    sizes = dataclasses.replace(cases.TINY, in_features=512, hidden_features=2048, out_features=512)
+    case = cases.Case(subject="layer", shape=sizes, tokens=1024, dtype="fp32", peers=("loop",))
+    ours = arena.build_arena(case, CPU).entrants["ours"]
+    for _ in range(2):
+        ours.run()
+        ours.reset()
+    peaks = peak_bytes(case, ["ours", "loop"], CPU)
+    least = case.experts_bytes() + case.tokens * sizes.top_k * sizes.hidden_features * 4
+    for name, peak in peaks.items():
+        assert least < peak < 4 * least, name
 
 
 def test_limit_has_the_flops_of_the_layer():
