@@ -96,9 +96,10 @@ class Preset:
     at_most: int = 25
     patience: float = 10.0
 
-    def rounds(self, one_round: float) -> int:
-        """How many fit, when one takes `one_round` seconds."""
-        return max(self.at_least, min(self.at_most, int(self.seconds / max(one_round, 1e-9))))
+    def rounds(self, one_round: float, *, cases: int = 1) -> int:
+        """How many fit into the time of `cases` cases, one of which takes `one_round` seconds for them all."""
+        fit = int(cases * self.seconds / max(one_round, 1e-9))
+        return max(self.at_least, min(self.at_most, fit))
 
 
 CLIP = Shape(name="CLIP-L", in_features=1024, hidden_features=4096, out_features=1024)

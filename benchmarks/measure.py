@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +136,13 @@ class Contest:
         start = self.clock()
         function()
         return self.clock() - start
+
+
+def run_together(contests: Iterable[Contest], rounds: int) -> None:
+    """`rounds` rounds of all contests, interleaved: what slows the machine for a while slows them all alike."""
+    for _ in range(rounds):
+        for contest in contests:
+            contest.run(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from libmoe_fast.benchmarks.arena import OURS, Arena, build_arena
 from libmoe_fast.benchmarks.cases import Case, Preset, find_preset
-from libmoe_fast.benchmarks.measure import Contest, make_clock, make_flush
+from libmoe_fast.benchmarks.measure import Contest, make_clock, make_flush, run_together
 from libmoe_fast.benchmarks.results import Results, Row, Skipped, environment, rows_of, skipped_of
 from libmoe_fast.errors import BackendError, ConfigError
 
@@ -34,14 +36,15 @@ def run_preset(name: str, out: Path, *, device: str | None = None, threads: int 
     results = Results(preset=name, environment=environment(target), rows=[], skipped=[])
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tqdm(preset.cases, unit="case") as cases:
-            for case in cases:
-                cases.set_postfix_str(case.id)
-                rows, skipped = measure_case(case, preset, target)
+        with tqdm(total=len(preset.cases), unit="case") as progress:
+            for cases in races(preset.cases):
+                progress.set_postfix_str(cases[0].id)
+                rows, skipped = measure(cases, preset, target)
                 gc.collect()  # a module and its hooks may be a cycle, and hold gigabytes
                 results.rows.extend(rows)
                 results.skipped.extend(skipped)
                 results.write(out / "results.json")
+                progress.update(len(cases))
         write_report(results, out)
     except OSError as error:
         raise ConfigError(f"cannot write the results into {out}: {error.strerror or error}") from error
@@ -59,15 +62,31 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def measure_case(case: Case, preset: Preset, device: torch.device) -> tuple[list[Row], list[Skipped]]:
-    """Builds the case, times it for as many rounds as fit, and measures memory. One that cannot run is skipped."""
-    try:
-        arena = build_arena(case, device)
-    except BackendError as error:
-        return [], [Skipped(case=case.id, entrant=OURS, reason=str(error))]
-    contest = make_contest(arena, device)
-    contest.run(preset.rounds(contest.warm_up(patience=preset.patience)))
-    return rows_of(case, arena, contest, device), skipped_of(case, arena)
+def races(cases: Iterable[Case]) -> Iterator[list[Case]]:
+    """A growth series is one race, its sizes interleaved; every other case is a race of its own."""
+    for _, group in itertools.groupby(cases, key=lambda case: case.sweep or case.id):
+        yield list(group)
+
+
+def measure(cases: Iterable[Case], preset: Preset, device: torch.device) -> tuple[list[Row], list[Skipped]]:
+    """Builds the cases, times them in interleaved rounds, as many as fit, and measures memory.
+
+    A case that cannot run is skipped.
+    """
+    arenas, skipped = {}, []
+    for case in cases:
+        try:
+            arenas[case] = build_arena(case, device)
+        except BackendError as error:
+            skipped.append(Skipped(case=case.id, entrant=OURS, reason=str(error)))
+    contests = {case: make_contest(arena, device) for case, arena in arenas.items()}
+    one_round = sum(contest.warm_up(patience=preset.patience) for contest in contests.values())
+    run_together(contests.values(), preset.rounds(one_round, cases=len(contests)))
+    rows = []
+    for case, arena in arenas.items():
+        rows += rows_of(case, arena, contests[case], device)
+        skipped += skipped_of(case, arena)
+    return rows, skipped
 
 
 def make_contest(arena: Arena, device: torch.device) -> Contest:

@@ -15,10 +15,10 @@ import torch
 from libmoe_fast import ROUTERS, BackendError, ConfigError, Experts, MoE
 from libmoe_fast.benchmarks import arena, cases, peers, results
 from libmoe_fast.benchmarks.compare import compare_files
-from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread
+from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread, run_together
 from libmoe_fast.benchmarks.memory import peak_bytes, resident_peak, saved_bytes
 from libmoe_fast.benchmarks.report import markdown, write_report
-from libmoe_fast.benchmarks.run import measure_case, run_preset
+from libmoe_fast.benchmarks.run import measure, races, run_preset
 from libmoe_fast.cli import main
 
 CPU = torch.device("cpu")
@@ -160,6 +160,23 @@ def test_contest_times_a_slow_peer_once():
         "fast": 3,
     }
     assert contest.timings["slow"].over_limit.median == 50
+
+
+def test_contests_run_together_are_interleaved():
+    order = []
+    contests = [
+        Contest({n: Entrant(lambda n=n: order.append(n))}, limit=lambda: None, clock=FakeClock()) for n in ("a", "b")
+    ]
+    run_together(contests, 2)
+    assert order == ["a", "b"] * 2
+
+
+def test_a_growth_series_is_one_race():
+    groups = list(races(cases.tiny_cases()))
+    assert [case for group in groups for case in group] == cases.tiny_cases()
+    series = [group for group in groups if group[0].sweep]
+    assert [{case.sweep for case in group} for group in series] == [{"T"}, {"N"}, {"K"}, {"H"}]
+    assert all(len(group) == 1 for group in groups if group not in series)
 
 
 def test_spread():
@@ -311,13 +328,13 @@ def test_comparison_flags_a_slowed_op(tmp_path, monkeypatch, capsys):
     case = cases.Case(subject="experts", shape=sizes, tokens=8, dtype="fp32", mode="inference", peers=("loop",))
     preset = cases.Preset(cases=(case,), seconds=0.3, at_least=9)
 
-    def measure(name):
-        rows, skipped = measure_case(case, preset, CPU)
+    def write(name):
+        rows, skipped = measure([case], preset, CPU)
         found = results.Results(preset="x", environment=results.environment(CPU), rows=rows, skipped=skipped)
         found.write(tmp_path / name)
         return str(tmp_path / name)
 
-    before = measure("before.json")
+    before = write("before.json")
     forward = Experts.forward
 
     def slowed(self, *args, **options):
@@ -326,7 +343,7 @@ def test_comparison_flags_a_slowed_op(tmp_path, monkeypatch, capsys):
         return y
 
     monkeypatch.setattr(Experts, "forward", slowed)
-    after = measure("after.json")
+    after = write("after.json")
     assert main(["bench", "--compare", before, after]) == 1
     assert "slower" in capsys.readouterr().out
     slower = [change.new.entrant for change in compare_files(before, after, tolerance=2.0).regressions]
