@@ -87,7 +87,8 @@ class Case:
 class Preset:
     """Cases and how long each may take: as many rounds as fit into `seconds`, within bounds.
 
-    patience: a peer whose run takes longer, in seconds, and FAR_BEHIND times as long as ours, is timed only once.
+    patience   a peer whose run takes longer, in seconds, and FAR_BEHIND times as long as ours, is timed only once
+    device     where it runs if not told; None: on a GPU if there is one
     """
 
     cases: tuple[Case, ...]
@@ -95,6 +96,7 @@ class Preset:
     at_least: int = 3
     at_most: int = 25
     patience: float = 10.0
+    device: str | None = None
 
     def rounds(self, one_round: float, *, cases: int = 1) -> int:
         """How many fit into the time of `cases` cases, one of which takes `one_round` seconds for them all."""
@@ -235,11 +237,48 @@ def paper_cases() -> list[Case]:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A layer of the CPU table, and the time / limit to reach in inference and in training."""
+
+    shape: Shape
+    tokens: int
+    dtype: str
+    inference: float
+    training: float
+
+    @property
+    def sizes(self) -> str:
+        """T, D, H, O, N, K."""
+        s = self.shape
+        sizes = (self.tokens, s.in_features, s.hidden_features, s.out_features, s.num_experts, s.top_k)
+        return ", ".join(map(str, sizes))
+
+    def case(self, mode: str, **choices) -> Case:
+        return Case(subject="layer", shape=self.shape, tokens=self.tokens, dtype=self.dtype, mode=mode, **choices)
+
+
+CPU_TARGETS = (
+    Target(CLIP, 4 * CLIP_TOKENS, "bf16", 1.06, 1.10),
+    Target(CLIP, 4 * CLIP_TOKENS, "fp32", 1.03, 1.08),
+    Target(SIGLIP, 8 * SIGLIP_TOKENS, "bf16", 1.06, 1.10),
+    Target(CLIP, 512, "bf16", 1.10, 1.25),
+    Target(CLIP, 64, "bf16", 1.40, 2.00),
+    Target(MANY, 2304, "bf16", 1.15, 1.35),
+    Target(MANY, 2304, "fp32", 1.15, 1.35),
+)
+
+
+def cpu_cases() -> list[Case]:
+    return [target.case(mode) for target in CPU_TARGETS for mode in ("inference", "fwd+bwd")]
+
+
 PRESETS = {
     "tiny": lambda: Preset(cases=tuple(tiny_cases()), seconds=0.0, at_least=3),
     "quick": lambda: Preset(cases=tuple(quick_cases()), seconds=1.5, at_most=15, patience=1.0),
     "full": lambda: Preset(cases=tuple(full_cases()), seconds=15.0, at_least=5),
     "paper": lambda: Preset(cases=tuple(paper_cases()), seconds=30.0, at_least=5),
+    "cpu": lambda: Preset(cases=tuple(cpu_cases()), seconds=15.0, at_least=5, device="cpu"),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PRESETS = ("tiny", "quick", "full", "paper")
+PRESETS = ("tiny", "quick", "full", "paper", "cpu")
 
 
 def pytest_addoption(parser):
@@ -34,7 +34,7 @@ def preset_of(config):
 def device_of(config):
     from libmoe_fast.benchmarks.run import find_device
 
-    return find_device(None)
+    return find_device(preset_of(config).device)
 
 
 def pytest_generate_tests(metafunc):

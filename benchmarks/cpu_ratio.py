@@ -1,198 +1,164 @@
 """How close one MoE layer on the CPU comes to its GEMMs alone: time / time of the same FLOPs as dense `mm(out=)`.
 
-    python benchmarks/cpu_ratio.py                      # every shape of the table, all three implementations
+    python benchmarks/cpu_ratio.py                      # the table: every shape, ours and two other ways to run it
     python benchmarks/cpu_ratio.py --shape 64 --dtype bf16 --rounds 20
-    python benchmarks/cpu_ratio.py --quick              # fewer rounds, ours only
+    python benchmarks/cpu_ratio.py --quick              # three rounds, ours only
+    python benchmarks/cpu_ratio.py --routers            # the five routers beside each other
+    python benchmarks/cpu_ratio.py --growth             # time per token from 256 to 16,384 tokens
+    python benchmarks/cpu_ratio.py --memory             # kept for backward, and peak
 
-The layer has an SMoE router and GELU MLPs with biases. Every round times the dense limit and then each implementation
-right after it; the ratio of the two is taken per round and the median over rounds reported with its quartiles, so that
-a machine that is busy for a while slows both. Prints one Markdown table; lower is better, below 1 beats torch's mm.
-
-    ours      libmoe_fast.MoE(backend="cpu")
-    loop      LibMoE's way: for each expert, gather its tokens, run its MLP, add the weighted result
-    grouped   sort the tokens by expert, torch grouped_mm, undo the sort
+Forward is inference, forward + backward is training with the auxiliary loss attached. All is timed in interleaved
+rounds, the limit right before each run; what is printed are medians and quartiles over the rounds (measure.py). Lower
+is better; below 1 beats torch's mm. `libmoe-fast bench --preset cpu` measures these layers against more peers.
 """
 
+from __future__ import annotations
+
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from libmoe_fast import MoE
+from libmoe_fast.benchmarks.arena import LOOP, OURS, Arena, build_arena
+from libmoe_fast.benchmarks.cases import CPU_TARGETS
+from libmoe_fast.benchmarks.measure import Contest, Spread, make_clock, run_together
+from libmoe_fast.benchmarks.memory import peak_bytes, saved_bytes
+from libmoe_fast.benchmarks.report import spread
+from libmoe_fast.errors import LibMoEError
+from libmoe_fast.ops import ENVIRONMENT_VARIABLE
+from libmoe_fast.routers import ROUTERS
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-class Case(NamedTuple):
-    """A shape, its dtype, and the ratios to reach."""
-
-    tokens: int
-    in_features: int
-    hidden: int
-    out: int
-    experts: int
-    top_k: int
-    dtype: str
-    forward: float
-    both: float
-
-    @property
-    def shape(self) -> str:
-        return ", ".join(map(str, self[:6]))
+CPU = torch.device("cpu")
+MODES = {"forward": "inference", "forward + backward": "fwd+bwd"}
+PEERS = (LOOP, "grouped_mm")
+CLIP_L = CPU_TARGETS[0]
+GROWTH_TOKENS = [2**power for power in range(8, 15)]
 
 
-CASES = (
-    Case(2308, 1024, 4096, 1024, 4, 2, "bf16", 1.06, 1.10),  # CLIP-L/14-336, four images
-    Case(2308, 1024, 4096, 1024, 4, 2, "fp32", 1.03, 1.08),
-    Case(2048, 1152, 4304, 1152, 4, 2, "bf16", 1.06, 1.10),  # SigLIP-so400m-224, eight images
-    Case(512, 1024, 4096, 1024, 4, 2, "bf16", 1.10, 1.25),
-    Case(64, 1024, 4096, 1024, 4, 2, "bf16", 1.40, 2.00),
-    Case(2304, 1024, 1024, 1024, 64, 8, "bf16", 1.15, 1.35),  # many small experts
-    Case(2304, 1024, 1024, 1024, 64, 8, "fp32", 1.15, 1.35),
-)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    os.environ[ENVIRONMENT_VARIABLE] = options.backend  # ours is this one or an error, never another
+    try:
+        options.subject(options)
+    except LibMoEError as error:
+        sys.exit(f"cpu_ratio: error: {error}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The limit and the implementations
-
-
-def dense_limit(case: Case) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Forward and backward GEMMs of the layer's FLOPs as six dense products, outputs allocated before."""
-    rows, dtype = case.tokens * case.top_k, DTYPES[case.dtype]
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
-
-    x, h, dy = tensor(rows, case.in_features), tensor(rows, case.hidden), tensor(rows, case.out)
-    w1, w2 = tensor(case.hidden, case.in_features), tensor(case.out, case.hidden)
-    dw1, dw2, z, y, dh, dx = (torch.empty_like(t) for t in (w1, w2, h, dy, h, x))
-
-    def forward() -> None:
-        torch.mm(x, w1.t(), out=z)
-        torch.mm(h, w2.t(), out=y)
-
-    def backward() -> None:
-        torch.mm(dy, w2, out=dh)
-        torch.mm(dy.t(), h, out=dw2)
-        torch.mm(dh, w1, out=dx)
-        torch.mm(dh.t(), x, out=dw1)
-
-    return forward, backward
-
-
-def smoe_route(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
-    probs = F.softmax(x.float() @ moe.router.weight.float().t(), -1)
-    weights, index = probs.topk(moe.router.spec.top_k, -1)
-    return (weights / weights.sum(-1, keepdim=True)).to(x.dtype), index
-
-
-def loop(moe: MoE, x: Tensor) -> Tensor:
-    """Per expert: the tokens that chose it, its MLP, their weighted results added in place."""
-    weights, index = smoe_route(moe, x)
-    e = moe.experts
-    y = x.new_zeros(x.shape[0], e.out_features)
-    for i in range(e.num_experts):
-        token, choice = torch.where(index == i)
-        out = F.linear(F.gelu(F.linear(x[token], e.w1[i], e.b1[i])), e.w2[i], e.b2[i])
-        y[token] += weights[token, choice].unsqueeze(1) * out
-    return y
-
-
-def grouped(moe: MoE, x: Tensor) -> Tensor:
-    """One grouped GEMM per layer over tokens sorted by expert, biases by indexing."""
-    weights, index = smoe_route(moe, x)
-    e, flat = moe.experts, index.flatten()
-    order = flat.argsort(stable=True)
-    expert, token = flat[order], order // index.shape[1]
-    ends = torch.bincount(flat, minlength=e.num_experts).cumsum(0).int()
-    z = F.grouped_mm(x[token], e.w1.transpose(1, 2), offs=ends) + e.b1[expert]
-    y = F.grouped_mm(F.gelu(z), e.w2.transpose(1, 2), offs=ends) + e.b2[expert]
-    y = y * weights.flatten()[order].unsqueeze(1)
-    return y[order.argsort()].view(x.shape[0], -1, e.out_features).sum(1)
-
-
-IMPLEMENTATIONS = {"ours": lambda moe, x: moe(x), "loop": loop, "grouped": grouped}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """With one thread the time it ran, so that a busy machine matters less; else the time it took."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    function()
-    return clock() - start
-
-
-def measure(case: Case, names: list[str], rounds: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Per implementation, the ratios of all rounds: forward, and forward + backward. One round more warms up."""
-    torch.manual_seed(0)
-    dtype = DTYPES[case.dtype]
-    moe = MoE(*case[1:4], num_experts=case.experts, top_k=case.top_k, aux_mode="off", backend="cpu", dtype=dtype)
-    x = torch.randn(case.tokens, case.in_features).to(dtype).requires_grad_()
-    dy = torch.randn(case.tokens, case.out).to(dtype)
-    limit_forward, limit_backward = dense_limit(case)
-    ratios = {name: ([], []) for name in names}
-
-    def forward(function) -> None:
-        with torch.no_grad():
-            function(moe, x)
-
-    def both(function) -> None:
-        x.grad = None
-        moe.zero_grad(set_to_none=True)
-        function(moe, x).backward(dy)
-
-    for round_ in range(rounds + 1):
-        for name in names:
-            function = IMPLEMENTATIONS[name]
-            limits = seconds(limit_forward), seconds(limit_backward)
-            times = seconds(lambda f=function: forward(f)), seconds(lambda f=function: both(f))
-            if round_ > 0:
-                ratios[name][0].append(times[0] / limits[0])
-                ratios[name][1].append(times[1] / sum(limits))
-    return ratios
-
-
-def spread(values: list[float]) -> str:
-    """median [first quartile, third quartile]"""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def table_row(case: Case, ratios: dict[str, tuple[list[float], list[float]]]) -> str:
-    cells = [case.shape, case.dtype, f"{case.forward:.2f} / {case.both:.2f}"]
-    cells += [f"{spread(forward)} / {spread(both)}" for forward, both in ratios.values()]
-    return f"| {' | '.join(cells)} |"
-
-
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", help="only the shapes that begin with this, such as 64 or '2304, 1024'")
-    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
-    parser.add_argument("--only", choices=IMPLEMENTATIONS, help="only this implementation")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds per shape (default 9)")
+    subject = parser.add_mutually_exclusive_group()
+    for function in (routers, growth, memory):
+        subject.add_argument(
+            f"--{function.__name__}", dest="subject", action="store_const", const=function, help=function.__doc__
+        )
+    parser.add_argument("--shape", default="", help="only the shapes that begin with this, such as 64 or '2304, 1024'")
+    parser.add_argument("--dtype", choices=sorted({t.dtype for t in CPU_TARGETS}), help="only this dtype")
+    parser.add_argument("--only", choices=(OURS, *PEERS), help="only this implementation")
+    parser.add_argument("--backend", default="cpu", help="what runs ours (default cpu)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default 2)")
     parser.add_argument("--quick", action="store_true", help="three rounds, ours only")
-    options = parser.parse_args()
+    parser.set_defaults(subject=table)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rounds, options.only = 3, OURS
+    options.names = [options.only] if options.only else [OURS, *PEERS]
+    options.targets = [t for t in CPU_TARGETS if t.sizes.startswith(options.shape) and options.dtype in (None, t.dtype)]
+    if not options.targets:
+        shapes = "; ".join(f"{t.sizes} {t.dtype}" for t in CPU_TARGETS)
+        parser.error(f"no shape begins with {options.shape!r} in that dtype; there are {shapes}")
+    return options
 
-    torch.set_num_threads(options.threads)
-    names = ["ours"] if options.quick else [options.only] if options.only else list(IMPLEMENTATIONS)
-    cases = [c for c in CASES if c.shape.startswith(options.shape or "") and options.dtype in (None, c.dtype)]
-    if not cases:
-        parser.error(f"no shape begins with {options.shape!r}; there are {'; '.join({c.shape: 0 for c in CASES})}")
-    print(f"| T, D, H, O, N, K | dtype | target fwd / fwd+bwd | {' | '.join(names)} |")
-    print(f"|{'---|' * (3 + len(names))}")
-    for case in cases:
-        ratios = measure(case, names, 3 if options.quick else options.rounds)
-        print(table_row(case, ratios), flush=True)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it measures
+
+
+def table(options: argparse.Namespace) -> None:
+    """Every shape, beside the ratio to reach."""
+    print_row("T, D, H, O, N, K", "dtype", "target", *options.names)
+    print_row(*["---"] * (3 + len(options.names)))
+    for target in options.targets:
+        cells = {name: [] for name in options.names}
+        for mode in MODES.values():
+            arena = build_arena(target.case(mode, peers=PEERS), CPU)
+            for name, ratio in ratios(arena, options.names, options.rounds).items():
+                cells[name].append(spread(ratio))
+        goal = f"{target.inference:.2f} / {target.training:.2f}"
+        print_row(target.sizes, target.dtype, goal, *map(" / ".join, cells.values()))
+
+
+def routers(options: argparse.Namespace) -> None:
+    """The five routers at CLIP-L in bf16, interleaved with each other."""
+    columns = []
+    for mode in MODES.values():
+        arenas = {name: build_arena(CLIP_L.case(mode, router=name, peers=()), CPU) for name in ROUTERS}
+        entrants = {name: arena.entrants[OURS] for name, arena in arenas.items()}
+        limit = next(iter(arenas.values())).make_limit
+        columns.append(ratios(Arena(entrants, "dense GEMM", limit, {}), list(entrants), options.rounds))
+    print_row("router", *MODES)
+    print_row(*["---"] * 3)
+    for name in ROUTERS:
+        print_row(name, *(spread(column[name]) for column in columns))
+    medians = [[ratio.median for ratio in column.values()] for column in columns]
+    print_row("slowest / fastest (target 1.03)", *(f"{max(m) / min(m):.3f}" for m in medians))
+
+
+def growth(options: argparse.Namespace) -> None:
+    """Time per token of forward and backward at CLIP-L in bf16, from few tokens to many, interleaved."""
+    cases = [dataclasses.replace(CLIP_L, tokens=tokens).case("fwd+bwd", peers=()) for tokens in GROWTH_TOKENS]
+    contests = [contest_of(build_arena(case, CPU), [OURS]) for case in cases]
+    for contest in contests:
+        contest.warm_up()
+    run_together(contests, options.rounds)
+    timings = [contest.timings[OURS] for contest in contests]
+    per_token = [[s / tokens for s in t.seconds] for tokens, t in zip(GROWTH_TOKENS, timings, strict=True)]
+    print_row("T", "µs per token", f"over that of T = {GROWTH_TOKENS[-1]}", "time / limit")
+    print_row(*["---"] * 4)
+    worst = 0.0
+    for tokens, seconds, timing in zip(GROWTH_TOKENS, per_token, timings, strict=True):
+        ratio = Spread.of([a / b for a, b in zip(seconds, per_token[-1], strict=True)])
+        worst = max(worst, abs(ratio.median - 1))
+        print_row(tokens, f"{Spread.of(seconds).median * 1e6:.2f}", spread(ratio), spread(timing.over_limit))
+    print(f"\nLargest deviation {worst:.0%} (target 10%).")
+
+
+def memory(options: argparse.Namespace) -> None:
+    """What forward keeps for backward at CLIP-L in bf16, and the peak of both (memory.py says what counts)."""
+    case, shape = CLIP_L.case("fwd+bwd", peers=PEERS), CLIP_L.shape
+    least = 2 * case.tokens * (shape.in_features + shape.top_k * shape.hidden_features)  # of x [T, D] and z [T*K, H]
+    entrants = build_arena(case, CPU).entrants
+    saved = {name: saved_bytes(entrants[name]) for name in options.names}
+    peaks = peak_bytes(case, options.names, CPU)
+    print_row("layer", "kept for backward (MB)", "over 2TD + 2TKH", "peak (MB)", "over loop's (target 0.67)")
+    print_row(*["---"] * 5)
+    for name in options.names:
+        over_loop = f"{peaks[name] / peaks[LOOP]:.2f}" if LOOP in peaks else "-"
+        kept, peak = (f"{size / 1e6:.1f}" for size in (saved[name], peaks[name]))
+        print_row(name, kept, f"{saved[name] / least:.2f}", peak, over_loop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ratios(arena: Arena, names: Iterable[str], rounds: int) -> dict[str, Spread]:
+    """time / limit of each."""
+    contest = contest_of(arena, names)
+    contest.warm_up()
+    contest.run(rounds)
+    return {name: timing.over_limit for name, timing in contest.timings.items()}
+
+
+def contest_of(arena: Arena, names: Iterable[str]) -> Contest:
+    return Contest({name: arena.entrants[name] for name in names}, limit=arena.make_limit(), clock=make_clock(CPU))
+
+
+def print_row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

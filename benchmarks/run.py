@@ -22,7 +22,7 @@ def run_preset(name: str, out: Path, *, device: str | None = None, threads: int 
     Raises ConfigError for an unknown preset or device, or a folder that cannot be written.
     """
     preset = find_preset(name)
-    target = find_device(device)
+    target = find_device(device or preset.device)
     try:
         from tqdm import tqdm
 

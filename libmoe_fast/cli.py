@@ -193,7 +193,8 @@ def _report(options: Namespace) -> int:
 
 
 def _add_bench(parser: ArgumentParser) -> None:
-    parser.add_argument("--preset", default="quick", help="quick, full, or paper: the layers that LibMoE trains")
+    presets = "quick, full, paper (the layers that LibMoE trains), or cpu (those of benchmarks/cpu_ratio.py)"
+    parser.add_argument("--preset", default="quick", help=presets)
     parser.add_argument("--out", default="runs/bench", help="folder for the report")
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda; default: a GPU if there is one")
     parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; default: torch's own choice")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from libmoe_fast import ROUTERS, BackendError, ConfigError, Experts, MoE
-from libmoe_fast.benchmarks import arena, cases, peers, results
+from libmoe_fast.benchmarks import arena, cases, cpu_ratio, peers, results
 from libmoe_fast.benchmarks.compare import compare_files
 from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread, run_together
 from libmoe_fast.benchmarks.memory import peak_bytes, resident_peak, saved_bytes
@@ -250,19 +251,93 @@ def test_fitted_exponent():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Presets, files, comparison
+# Presets
 
 
 @pytest.mark.parametrize("name", cases.PRESETS)
 def test_preset(name):
-    """Every preset covers every end-to-end subject, names each case once, and quick takes few seconds per case."""
+    """Each case once; all but cpu, which is a table of layers, cover the end-to-end subjects; paper has no growth."""
     preset = cases.find_preset(name)
     ids = [case.id for case in preset.cases]
     assert len(ids) == len(set(ids))
-    assert {"layer", "encoder", "training"} <= {case.subject for case in preset.cases} <= set(cases.SUBJECTS)
+    subjects = {case.subject for case in preset.cases}
+    if name == "cpu":
+        assert subjects == {"layer"}
+        assert len(ids) == 14
+        return
+    assert {"layer", "encoder", "training"} <= subjects <= set(cases.SUBJECTS)
     if name != "paper":
         assert {case.router for case in preset.cases if case.subject == "routing"} == set(ROUTERS)
         assert {case.sweep for case in preset.cases} == {None, "T", "N", "K", "H"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU table
+
+
+@pytest.fixture
+def cpu_table(monkeypatch, capsys):
+    """Runs cpu_ratio.py on small layers; gives the cells of its table by the first column."""
+    sizes = dataclasses.replace(cases.TINY, in_features=64, hidden_features=256, out_features=64)
+    targets = [cases.Target(sizes, 2048, "bf16", 1.06, 1.10), cases.Target(sizes, 64, "fp32", 1.40, 2.00)]
+    monkeypatch.setattr(cpu_ratio, "CPU_TARGETS", targets)
+    monkeypatch.setattr(cpu_ratio, "CLIP_L", targets[0])
+    monkeypatch.setattr(cpu_ratio, "GROWTH_TOKENS", [16, 64])
+    monkeypatch.setenv("LIBMOE_FAST_BACKEND", "cpu")  # it sets this: put back afterwards
+
+    def run(*options):
+        cpu_ratio.main(["--rounds", "2", "--threads", "1", *options])
+        lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return {first: cells for first, *cells in lines}
+
+    return run
+
+
+def ratio(cell: str) -> float:
+    """The median of `median [low, high]`."""
+    median, low, high = map(float, re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", cell).groups())
+    assert 0 < low <= median <= high
+    return median
+
+
+def test_cpu_table(cpu_table):
+    table = cpu_table()
+    assert list(table) == ["T, D, H, O, N, K", "---", "2048, 64, 256, 64, 4, 2", "64, 64, 256, 64, 4, 2"]
+    assert table["T, D, H, O, N, K"][2:] == ["ours", "loop", "grouped_mm"]
+    _, target, *cells = table["2048, 64, 256, 64, 4, 2"]
+    assert target == "1.06 / 1.10"
+    for forward, both in (cell.split(" / ") for cell in cells):
+        assert ratio(forward) > 0
+        assert ratio(both) > 0
+    assert cpu_table("--shape", "64", "--only", "loop")["T, D, H, O, N, K"][2:] == ["loop"]
+    with pytest.raises(SystemExit):
+        cpu_table("--shape", "64", "--dtype", "bf16")
+
+
+def test_cpu_routers_and_growth(cpu_table):
+    table = cpu_table("--routers")
+    slowest_over_fastest = table.pop("slowest / fastest (target 1.03)")
+    forward = [ratio(cells[0]) for name, cells in table.items() if name in ROUTERS]
+    assert len(forward) == 5
+    assert float(slowest_over_fastest[0]) == pytest.approx(max(forward) / min(forward), rel=0.05)
+    table = cpu_table("--growth")
+    assert list(table)[2:] == ["16", "64"]
+    assert ratio(table["64"][1]) == 1
+
+
+def test_cpu_memory(cpu_table):
+    """Ours keeps x, z and a little routing; the loop also keeps its gathered tokens and activations."""
+    table = cpu_table("--memory")
+    kept = {name: float(table[name][1]) for name in ("ours", "loop", "grouped_mm")}
+    assert 1 <= kept["ours"] < 1.25
+    assert kept["loop"] > 2 * kept["ours"]
+    peaks = {name: float(table[name][2]) for name in kept}
+    assert all(peaks[name] > float(table[name][0]) for name in kept)
+    assert float(cpu_table("--memory", "--backend", "reference", "--only", "ours")["ours"][1]) < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, comparison
 
 
 @pytest.fixture(scope="module")
