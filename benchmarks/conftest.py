@@ -1,34 +1,23 @@
 """`pytest benchmarks/ --benchmark [--preset full]` measures; without the flag every benchmark runs once, tiny.
 
 pytest-benchmark times ours, and within each of its rounds the limit and the peers are timed as well. Its own options
-(--benchmark-json, --benchmark-compare, ...) work as usual; ours writes libmoe-fast's report with --results.
+(--benchmark-json, --benchmark-compare, ...) work as usual; ours (../conftest.py) writes libmoe-fast's report with
+--results. A growth series is timed size by size here, since pytest runs test by test; `libmoe-fast bench` interleaves.
 """
 
 from pathlib import Path
 
 import pytest
 
-PRESETS = ("tiny", "quick", "full", "paper", "cpu")
-
-
-def pytest_addoption(parser):
-    group = parser.getgroup("libmoe_fast benchmarks")
-    group.addoption("--benchmark", action="store_true", help="measure, instead of running each benchmark once, tiny")
-    group.addoption("--preset", choices=PRESETS, default=None, help="what to measure with --benchmark (default: quick)")
-    group.addoption("--results", metavar="FOLDER", help="write results.json, results.md and plots there")
-
-
-def pytest_configure(config):
-    if not config.option.benchmark:
-        config.option.benchmark_disable = True  # pytest-benchmark then runs each once and reports nothing
-    if config.option.preset is None:
-        config.option.preset = "quick" if config.option.benchmark else "tiny"
-
 
 def preset_of(config):
     from libmoe_fast.benchmarks.cases import find_preset
+    from libmoe_fast.errors import ConfigError
 
-    return find_preset(config.option.preset)
+    try:
+        return find_preset(config.option.preset)
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def device_of(config):
@@ -66,8 +55,7 @@ def results(request):
 
     option = request.config.option
     threads = torch.get_num_threads()
-    if not option.benchmark:
-        torch.set_num_threads(1)  # more only slow these sizes down
+    torch.set_num_threads(option.threads if option.benchmark else 1)  # more only slow tiny sizes down
     gathered = Results(preset=option.preset, environment=environment(device_of(request.config)), rows=[], skipped=[])
     yield gathered
     torch.set_num_threads(threads)

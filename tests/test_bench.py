@@ -461,26 +461,29 @@ def test_files_that_cannot_be_compared(tiny, tmp_path):
         compare_files(file, other)
 
 
-def test_pytest_suite_measures_with_the_flag(tmp_path):
-    """`pytest benchmarks/ --benchmark`: pytest-benchmark's own table and file, and our report."""
-    folder = Path(arena.__file__).resolve().parent
-    command = [sys.executable, "-m", "pytest", str(folder / "bench_permutation.py"), "--benchmark", "--preset", "tiny"]
+@pytest.mark.parametrize("given", [["benchmarks/"], [".", "--ignore=tests", "--ignore=libmoe_fast"]])
+def test_pytest_suite_measures_with_the_flag(given, tmp_path):
+    """`pytest benchmarks/ --benchmark`, or from the root: pytest-benchmark's own table and file, and our report."""
+    command = [sys.executable, "-m", "pytest", *given, "-k", "permutation", "--benchmark", "--preset", "tiny"]
     command += ["-p", "no:cacheprovider", f"--benchmark-json={tmp_path / 'own.json'}", f"--results={tmp_path / 'out'}"]
+    command += ["--threads", "1"]
     # A session of its own: to a child that sees the variables of a parallel worker, pytest-benchmark measures nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=folder.parent,
+        env=environment,
+        cwd=Path(__file__).parents[1],
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "time / limit" in done.stdout
     own = json.loads((tmp_path / "own.json").read_text())["benchmarks"]
     assert {b["group"] for b in own} == {"permutation"}
-    ours = [r for r in results.Results.read(tmp_path / "out" / "results.json").rows if r.entrant == "ours"]
+    written = results.Results.read(tmp_path / "out" / "results.json")
+    assert written.environment["threads"] == 1
+    ours = [r for r in written.rows if r.entrant == "ours"]
     assert len(own) == len(ours) == 2
     for benchmark, row in zip(own, ours, strict=True):
         assert benchmark["stats"]["rounds"] == row.rounds >= 3
