@@ -105,10 +105,50 @@ def test_more_rows_than_one_pass_takes(split, dtype, gemm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_the_run_or_the_tasks(dtype, gemm):
+def test_bits_do_not_depend_on_the_run(dtype, gemm):
     index, tensors, dy = problem(500, 96, 200, 80, 4, 2, dtype=dtype)
     first, second = (results(engine, index, tensors, dy, activation="gelu", gated=False) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def tiles_pay(dtype):
+    """As in csrc/tile_gemm.cpp. The bits of torch's mm do depend on the number of threads."""
+    cpu = torch.cpu.get_capabilities()
+    fp32 = all(cpu.get(name) for name in ("avx512_f", "avx512_bw", "avx512_vl"))
+    return fp32 if dtype == torch.float32 else fp32 and cpu["avx512_bf16"] and not cpu["amx_bf16"]
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "skewed"),
+    [
+        ((500, 96, 200, 80, 4, 2), False),
+        ((3000, 20, 40, 24, 3, 1), True),  # one expert's rows in several units
+        ((700, 1500, 500, 16, 4, 2), False),  # several groups
+        ((20, 96, 200, 80, 64, 2), False),  # idle experts, and most of the others with a row or two
+    ],
+    ids=["balanced", "one expert takes all", "groups", "more experts than choices"],
+)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_threads(shape, skewed, gated, dtype, restored_threads):
+    """How work is cut into tasks depends on the number of threads, and who does a task on which thread is free."""
+    if not tiles_pay(dtype):
+        pytest.skip("no tiles for this dtype on this machine")
+    index, tensors, dy = problem(*shape, dtype=dtype, gated=gated, skewed=skewed)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(results(cpu_backend.experts, index, tensors, dy, activation="gelu", gated=gated))
+    for threads, again in enumerate(found[1:], start=2):
+        for position, (a, b) in enumerate(zip(found[0], again, strict=True)):
+            assert torch.equal(a, b), f"result {position} with {threads} threads"
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
