@@ -145,7 +145,7 @@ def test_bits_do_not_depend_on_the_threads(shape, skewed, gated, dtype, restored
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(results(cpu_backend.experts, index, tensors, dy, activation="gelu", gated=gated))
+        found.append(results(engine, index, tensors, dy, activation="gelu", gated=gated))
     for threads, again in enumerate(found[1:], start=2):
         for position, (a, b) in enumerate(zip(found[0], again, strict=True)):
             assert torch.equal(a, b), f"result {position} with {threads} threads"
