@@ -9,7 +9,7 @@ from pathlib import Path
 from libmoe_fast.benchmarks import plots
 from libmoe_fast.benchmarks.arena import COPY, OURS
 from libmoe_fast.benchmarks.measure import Spread
-from libmoe_fast.benchmarks.results import Results, Row, growth_of
+from libmoe_fast.benchmarks.results import Results, Row, growth_of, milliseconds
 from libmoe_fast.files import write_atomically
 
 NOTES = """\
@@ -165,7 +165,7 @@ def spread(value: Spread) -> str:
 
 
 def spread_ms(value: Spread) -> str:
-    return f"{value.median * 1e3:.3g} [{value.low * 1e3:.3g}, {value.high * 1e3:.3g}]"
+    return f"{milliseconds(value.median)} [{milliseconds(value.low)}, {milliseconds(value.high)}]"
 
 
 def mebibytes(value: int | None) -> str:

@@ -67,6 +67,11 @@ class Row:
         return self.tokens if self.sweep == "T" else self.sizes[self.sweep]
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits or more, never with an exponent."""
+    return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:,.0f}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Skipped:
     """An entrant that took no part in a case, and why."""
