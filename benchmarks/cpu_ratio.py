@@ -137,9 +137,9 @@ def memory(options: argparse.Namespace) -> None:
     print_row("layer", "kept for backward (MB)", "over 2TD + 2TKH", "peak (MB)", "over loop's (target 0.67)")
     print_row(*["---"] * 5)
     for name in options.names:
+        peak = f"{peaks[name] / 1e6:.1f}" if peaks else "-"
         over_loop = f"{peaks[name] / peaks[LOOP]:.2f}" if LOOP in peaks else "-"
-        kept, peak = (f"{size / 1e6:.1f}" for size in (saved[name], peaks[name]))
-        print_row(name, kept, f"{saved[name] / least:.2f}", peak, over_loop)
+        print_row(name, f"{saved[name] / 1e6:.1f}", f"{saved[name] / least:.2f}", peak, over_loop)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

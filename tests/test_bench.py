@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from libmoe_fast import ROUTERS, BackendError, ConfigError, Experts, MoE
-from libmoe_fast.benchmarks import arena, cases, cpu_ratio, peers, results
+from libmoe_fast.benchmarks import arena, cases, cpu_ratio, memory, peers, results
 from libmoe_fast.benchmarks.compare import compare_files
 from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread, run_together
 from libmoe_fast.benchmarks.memory import peak_bytes, resident_peak, saved_bytes
@@ -23,6 +23,7 @@ from libmoe_fast.benchmarks.run import measure, races, run_preset
 from libmoe_fast.cli import main
 
 CPU = torch.device("cpu")
+resident = pytest.mark.skipif(not memory.SELF.exists(), reason="only Linux tells a process its resident memory")
 ON_CPU = ("loop", "split", "grouped_mm", "hf_eager", "hf_grouped_mm", "hf_batched_mm", "st_moe")
 
 
@@ -198,6 +199,7 @@ def test_saved_memory_is_counted_right():
     assert saved_bytes(Entrant(lambda: x * x)) == 2**20
 
 
+@resident
 def test_resident_memory_is_counted_right():
     """64 MiB tensors, two alive at a time; what a run keeps for the next one counts, too."""
     x = torch.ones(2**24)
@@ -215,6 +217,7 @@ def test_resident_memory_is_counted_right():
     assert resident_peak(Entrant(lambda: None)) < 2**20
 
 
+@resident
 def test_peak_memory_is_that_of_an_entrant_alone():
     """Whatever ran before here, and kept memory: a case's gradients and pre-activation alone are more than nothing."""
     sizes = dataclasses.replace(cases.TINY, in_features=512, hidden_features=2048, out_features=512)
@@ -325,6 +328,7 @@ def test_cpu_routers_and_growth(cpu_table):
     assert ratio(table["64"][1]) == 1
 
 
+@resident
 def test_cpu_memory(cpu_table):
     """Ours keeps x, z and a little routing; the loop also keeps its gathered tokens and activations."""
     table = cpu_table("--memory")
