@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "row_groups.h"
 
@@ -22,12 +23,19 @@ int64_t steps_of(int64_t elements) {
   return divide_up(elements, kPerWord<T>);
 }
 
-// Panels per task: as many as the cache holds, but enough tasks to share out.
-inline int64_t panels_per_task(int64_t panels, int64_t panel_words, int64_t units) {
-  const int64_t cached = std::clamp<int64_t>(kPanelBytes / (panel_words * 4), 1, kMostPanels);
-  const int64_t shared = panels * units / (4 * torch::stable::get_num_threads());
-  return std::clamp<int64_t>(shared, 1, cached);
+// Panels that a task can pack and keep in cache.
+inline int64_t cached_panels(int64_t panel_words) {
+  return std::clamp<int64_t>(kPanelBytes / (panel_words * 4), 1, kMostPanels);
 }
+
+// A part of one unit's panels (or strips, or blocks of them), for one task.
+struct Share {
+  int64_t unit, begin, end;
+};
+
+// Shares out the panels of all units, at most `most` at a time, and less towards the end, down to `least`, so that all
+// threads end at about the same time.
+std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most, int64_t least = 1);
 
 // Words of the widest task-local operand of `width` words per step.
 inline int64_t local_words(int64_t steps, int width) { return kMostPanels * steps * width; }

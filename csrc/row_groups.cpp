@@ -1,5 +1,7 @@
 #include "row_groups.h"
 
+#include "panels.h"
+
 namespace libmoe_fast {
 
 namespace {
@@ -49,6 +51,20 @@ std::vector<Group> make_groups(const int64_t* offsets, int64_t experts, int64_t 
     }
   }
   return groups;
+}
+
+std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most, int64_t least) {
+  const int64_t parts = 2 * torch::stable::get_num_threads();
+  std::vector<Share> shares;
+  for (int64_t unit = 0; unit < units; ++unit) {
+    for (int64_t begin = 0; begin < panels;) {
+      const int64_t left = (units - unit) * panels - begin;
+      const int64_t size = std::min(std::clamp(left / parts, std::min(least, most), most), panels - begin);
+      shares.push_back({unit, begin, begin + size});
+      begin += size;
+    }
+  }
+  return shares;
 }
 
 }  // namespace libmoe_fast

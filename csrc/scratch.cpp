@@ -29,11 +29,11 @@ struct Block {
   size_t bytes;
 };
 
-// Free blocks, the most recently freed last, and the size of every block handed out.
+// Free blocks, and the size of every block handed out.
 class BlockCache {
  public:
   char* take(size_t bytes) {
-    const size_t rounded = std::max(kLargePage, (bytes + kLargePage - 1) / kLargePage * kLargePage);
+    const size_t rounded = round_up(bytes);
     const std::lock_guard lock(mutex_);
     Block block = take_free(rounded);
     if (block.data == nullptr) block = allocate(rounded);
@@ -41,20 +41,48 @@ class BlockCache {
     return block.data;
   }
 
-  void give_back(char* data) {
+  // For the intermediate results of one call at a time: the largest that was given back, grown if need be, so that a
+  // small call and a large one that never overlap do not keep a block each.
+  char* take_scratch(size_t bytes) {
+    const size_t rounded = round_up(bytes);
+    const std::lock_guard lock(mutex_);
+    Block block{nullptr, 0};
+    if (!free_scratch_.empty()) {
+      block = free_scratch_.back();
+      free_scratch_.pop_back();
+      free_bytes_ -= block.bytes;
+    }
+    if (block.bytes < rounded) {
+      std::free(block.data);
+      block = allocate(rounded);
+    }
+    in_use_[block.data] = block.bytes;
+    return block.data;
+  }
+
+  void give_back(char* data) { give_back(data, free_); }
+  void give_back_scratch(char* data) { give_back(data, free_scratch_); }
+
+ private:
+  static size_t round_up(size_t bytes) {
+    return std::max(kLargePage, (bytes + kLargePage - 1) / kLargePage * kLargePage);
+  }
+
+  void give_back(char* data, std::vector<Block>& free) {
     const std::lock_guard lock(mutex_);
     const auto entry = in_use_.find(data);
-    free_.push_back({data, entry->second});
+    free.push_back({data, entry->second});
     free_bytes_ += entry->second;
     in_use_.erase(entry);
+    std::sort(free_scratch_.begin(), free_scratch_.end(), [](Block a, Block b) { return a.bytes < b.bytes; });
     while (free_bytes_ > most_free_bytes_) {  // the longest unused goes first
-      free_bytes_ -= free_.front().bytes;
-      std::free(free_.front().data);
-      free_.erase(free_.begin());
+      std::vector<Block>& from = free_.empty() ? free_scratch_ : free_;
+      free_bytes_ -= from.front().bytes;
+      std::free(from.front().data);
+      from.erase(from.begin());
     }
   }
 
- private:
   static size_t most_free_bytes() {
     const char* megabytes = std::getenv("LIBMOE_FAST_CPU_CACHE_MB");
     return (megabytes == nullptr ? kDefaultKeptMegabytes : std::strtoull(megabytes, nullptr, 10)) << 20;
@@ -85,7 +113,8 @@ class BlockCache {
 
   const size_t most_free_bytes_ = most_free_bytes();
   std::mutex mutex_;
-  std::vector<Block> free_;
+  std::vector<Block> free_;          // the most recently freed last
+  std::vector<Block> free_scratch_;  // the largest last
   size_t free_bytes_ = 0;
   std::unordered_map<char*, size_t> in_use_;
 };
@@ -100,9 +129,9 @@ void give_back(void* data) { cache().give_back(static_cast<char*>(data)); }
 
 }  // namespace
 
-Scratch::Scratch(const ScratchPlan& plan) : data_(cache().take(plan.bytes())) {}
+Scratch::Scratch(const ScratchPlan& plan) : data_(cache().take_scratch(plan.bytes())) {}
 
-Scratch::~Scratch() { give_back(data_); }
+Scratch::~Scratch() { cache().give_back_scratch(data_); }
 
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
   const int64_t count = std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());

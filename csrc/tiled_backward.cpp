@@ -1,5 +1,6 @@
-// Backward in tiles. Per group of whole experts, three rounds of tasks: pack the rows; g = dys W2 and everything made
-// from it; and what needs all of g: dx, the weight gradients, and the sums.
+// Backward in tiles. Per group of whole experts, rounds of tasks: pack the rows; then for each slice of the hidden columns
+// g = dys W2 and everything made from it, and what needs all rows of that: the slice's part of dx and of the weight
+// gradients. Slices bound the memory, and keep it in cache.
 #include <algorithm>
 #include <functional>
 #include <utility>
@@ -12,6 +13,20 @@
 namespace libmoe_fast {
 
 namespace {
+
+// What a slice keeps of g: dz twice, packed and not, and a. Slices are whole strips of dW1 as well: of kStripPanels panels.
+constexpr int64_t kSliceBytes = int64_t{6} << 20;
+constexpr int64_t kStripPanels = 7;
+static_assert(kStripPanels * kTileColumns % kTileRows == 0);
+
+// Hidden panels [first, last).
+struct Slice {
+  int64_t first, last;
+
+  int64_t panels() const { return last - first; }
+  int64_t begin() const { return first * kTileColumns; }                           // of its columns
+  int64_t columns(int64_t hidden) const { return std::min(hidden, last * kTileColumns) - begin(); }
+};
 
 // Tasks of several kinds, taken in this order: no thread waits where one kind ends and the next begins.
 class TaskRound {
@@ -48,15 +63,19 @@ class Backward {
         hidden_panels_(panels_of(inputs.hidden)),
         in_panels_(panels_of(inputs.in)),
         dy_steps_(steps_of<T>(inputs.out)),
-        dz_steps_(hidden_panels_ * kPanelSteps<T> * (inputs.gated ? 2 : 1)),
+        sides_(inputs.gated ? 2 : 1),
+        slice_panels_(panels_per_slice()),
         scratch_(plan()) {}
 
   void run() {
     for (const Group& group : groups_) {
       list_rows(group);
       pack_rows(group);
-      hidden_gradients(group);
-      remaining_gradients(group);
+      for (int64_t first = 0; first < hidden_panels_; first += slice_panels_) {
+        const Slice slice{first, std::min(hidden_panels_, first + slice_panels_)};
+        hidden_gradients(group, slice);
+        remaining_gradients(group, slice);
+      }
     }
   }
 
@@ -64,9 +83,22 @@ class Backward {
   // ----------------------------------------------------------------------------------------------------------- memory
 
   bool weight_grads() const { return out_.dw1 != nullptr; }
+  bool sliced() const { return slice_panels_ < hidden_panels_; }
+  int64_t dz_width() const { return sides_ * slice_panels_ * kTileColumns; }  // of a row of dz in a slice
+  int64_t dz_steps(const Slice& slice) const { return sides_ * slice.panels() * kPanelSteps<T>; }
+
+  // Slices of about the same size.
+  int64_t panels_per_slice() const {
+    const int64_t rows = largest(groups_, [](const Group& group) { return group.padded_rows; });
+    const int64_t panel_bytes = rows * kTileColumns * static_cast<int64_t>(sizeof(T)) * (2 * sides_ + 1);
+    const int64_t slices = divide_up(hidden_panels_ * panel_bytes, kSliceBytes);
+    const int64_t panels = divide_up(hidden_panels_, std::max<int64_t>(1, slices));
+    return std::min(hidden_panels_, divide_up(panels, kStripPanels) * kStripPanels);
+  }
 
   ScratchPlan plan() {
     ScratchPlan plan;
+    const int64_t most_steps = dz_steps({0, slice_panels_});
     const int64_t strips = largest(groups_, [](const Group& group) { return group.strips; });
     const int64_t rows = largest(groups_, [](const Group& group) { return group.rows; });
     const int64_t padded = largest(groups_, [](const Group& group) { return group.padded_rows; });
@@ -74,9 +106,10 @@ class Backward {
     const int64_t workers = torch::stable::get_num_threads();
     const int64_t kept = weight_grads() ? padded : 0;
     dys_ = plan.add<uint32_t>(strips * dy_steps_ * kTileRows);
-    dz_left_ = plan.add<uint32_t>(strips * dz_steps_ * kTileRows);
-    dz_ = plan.add<T>((weight_grads() ? rows : 0) * in_.up);
-    a_right_ = plan.add<uint32_t>(kept / kPerWord<T> * hidden_panels_ * kTileColumns);
+    dz_left_ = plan.add<uint32_t>(strips * most_steps * kTileRows);
+    dz_ = plan.add<T>((weight_grads() ? rows : 0) * dz_width());
+    a_right_ = plan.add<uint32_t>(kept / kPerWord<T> * slice_panels_ * kTileColumns);
+    dx_sums_ = plan.add<float>((sliced() ? rows : 0) * in_.in);
     xs_right_ = plan.add<uint32_t>(kept / kPerWord<T> * in_panels_ * kTileColumns);
     dots_ = plan.add<float>(hidden_panels_ * rows);
     totals_ = plan.add<float>(rows);
@@ -84,10 +117,10 @@ class Backward {
     dy_rows_ = plan.add<const T*>(padded);
     x_rows_ = plan.add<const T*>(padded);
     dz_rows_ = plan.add<const T*>(padded);
-    const int64_t weight_words = local_words(std::max(dy_steps_, dz_steps_), kTileColumns);
+    const int64_t weight_words = local_words(std::max(dy_steps_, most_steps), kTileColumns);
     local_stride_ = std::max(weight_words, local_words(padded / kPerWord<T>, kTileRows));
     local_ = plan.add<uint32_t>(local_stride_ * workers);
-    local_rows_stride_ = std::max(dy_steps_, dz_steps_) * kPerWord<T>;
+    local_rows_stride_ = std::max(dy_steps_, most_steps) * kPerWord<T>;
     local_rows_ = plan.add<const T*>(local_rows_stride_ * workers);
     return plan;
   }
@@ -116,7 +149,7 @@ class Backward {
         const int64_t place = span.padded_row + i, row = span.row + i;
         at<const T*>(dy_rows_)[place] = padding ? nullptr : in_.row_of(dy_, in_.out, row);
         at<const T*>(x_rows_)[place] = padding ? nullptr : in_.row_of(in_.x, in_.in, row);
-        at<const T*>(dz_rows_)[place] = padding ? nullptr : at<T>(dz_) + (row - group.row) * in_.up;
+        at<const T*>(dz_rows_)[place] = padding ? nullptr : at<T>(dz_) + (row - group.row) * dz_width();
       }
     }
   }
@@ -138,18 +171,17 @@ class Backward {
 
   // ----------------------------------------------------------------------------------- g, and everything made from it
 
-  void hidden_gradients(const Group& group) {
-    const int64_t panel_words = dy_steps_ * kTileColumns;
-    const int64_t per_task = panels_per_task(hidden_panels_, panel_words, group.units.size());
-    const int64_t blocks = divide_up(hidden_panels_, per_task);
-    for_each_task(blocks * group.units.size(), [&](int64_t task, int64_t worker) {
-      const int64_t number = task / blocks;
-      const Unit& unit = group.units[number];
-      const int64_t first = task % blocks * per_task, last = std::min(hidden_panels_, first + per_task);
+  void hidden_gradients(const Group& group, const Slice& slice) {
+    const std::vector<Share> shares =
+        share_out(group.units.size(), slice.panels(), cached_panels(dy_steps_ * kTileColumns));
+    for_each_task(static_cast<int64_t>(shares.size()), [&](int64_t task, int64_t worker) {
+      const Share& share = shares[task];
+      const Unit& unit = group.units[share.unit];
+      const int64_t first = slice.first + share.begin, last = slice.first + share.end;
       pack_w2(unit.expert, first, last, worker);
-      float* sums = at<float>(sums_) + number * hidden_panels_ * 2 * kTileColumns;
+      float* sums = at<float>(sums_) + share.unit * hidden_panels_ * 2 * kTileColumns;
       std::fill(sums + first * 2 * kTileColumns, sums + last * 2 * kTileColumns, 0.0f);
-      hidden_gradient_tiles(group, unit, local(worker), first, last, sums);
+      hidden_gradient_tiles(group, slice, unit, local(worker), first, last, sums);
     });
   }
 
@@ -162,8 +194,8 @@ class Backward {
                    local(worker));
   }
 
-  void hidden_gradient_tiles(const Group& group, const Unit& unit, const uint32_t* right, int64_t first, int64_t last,
-                             float* sums) {
+  void hidden_gradient_tiles(const Group& group, const Slice& slice, const Unit& unit, const uint32_t* right,
+                             int64_t first, int64_t last, float* sums) {
     HiddenGradients<T> tile;
     RoundedTile<T> rounded;
     const ExpertSpan& span = span_of(group, unit.expert);
@@ -172,14 +204,14 @@ class Backward {
       float* panel_sums = sums + panel * 2 * kTileColumns;
       tile.finish(in_, place, z_, panel_sums, panel_sums + kTileColumns);
       std::copy_n(tile.dots, place.rows, at<float>(dots_) + panel * group.rows + place.row - group.row);
-      keep_dz(group, place, unit.strip + strip, panel, 0, tile.g, rounded);
-      if (in_.gated) keep_dz(group, place, unit.strip + strip, panel, 1, tile.up, rounded);
+      keep_dz(group, slice, place, unit.strip + strip, panel, 0, tile.g, rounded);
+      if (in_.gated) keep_dz(group, slice, place, unit.strip + strip, panel, 1, tile.up, rounded);
       if (!weight_grads()) return;
       rounded.set(tile.value, place.rows);
-      const int64_t steps = unit.height / kPerWord<T>;
+      const int64_t steps = unit.height / kPerWord<T>, place_in_slice = (panel - slice.first) * span_steps(span);
       pack_across<T>(rounded.rows, 0, kTileColumns, steps, kTileColumns,
-                     right_of(a_right_, span, hidden_panels_) +
-                         (panel * span_steps(span) + (unit.expert_strip + strip) * steps) * kTileColumns);
+                     right_of(a_right_, span, slice.panels()) +
+                         (place_in_slice + (unit.expert_strip + strip) * steps) * kTileColumns);
     });
   }
 
@@ -189,81 +221,102 @@ class Backward {
   }
 
   // A tile of dz: packed for dx, and as it is for dW1. Side 0 is the gradient by z, or if gated by gate, side 1 by up.
-  void keep_dz(const Group& group, const TilePlace& place, int64_t strip, int64_t panel, int64_t side, const float* dz,
-               RoundedTile<T>& rounded) {
+  void keep_dz(const Group& group, const Slice& slice, const TilePlace& place, int64_t strip, int64_t panel,
+               int64_t side, const float* dz, RoundedTile<T>& rounded) {
     rounded.set(dz, place.rows);
-    const int64_t step = (side * hidden_panels_ + panel) * kPanelSteps<T>;
+    const int64_t step = (side * slice.panels() + panel - slice.first) * kPanelSteps<T>;
     pack_along<T>(rounded.rows, place.rows, kTileColumns, kPanelSteps<T>, kTileRows,
-                  at<uint32_t>(dz_left_) + (strip * dz_steps_ + step) * kTileRows);
+                  at<uint32_t>(dz_left_) + (strip * dz_steps(slice) + step) * kTileRows);
     if (!weight_grads()) return;
-    store_tile<T>(at<T>(dz_) + (place.row - group.row) * in_.up + side * in_.hidden + place.column, in_.up, dz,
-                  place.rows, place.columns);
+    const int64_t column = side * slice_panels_ * kTileColumns + place.column - slice.begin();
+    store_tile<T>(at<T>(dz_) + (place.row - group.row) * dz_width() + column, dz_width(), dz, place.rows,
+                  place.columns);
   }
 
-  // ---------------------------------------------------------------------------------------------- what needs all of g
+  // -------------------------------------------------------------------------------- what needs all rows of the slice
 
-  void remaining_gradients(const Group& group) {
+  void remaining_gradients(const Group& group, const Slice& slice) {
     TaskRound round;  // the longest tasks first
-    add_dx(round, group);
+    add_dx(round, group, slice);
     if (weight_grads()) {
-      add_weight_gradient(round, group, {dy_rows_, in_.out, a_right_, in_.hidden, out_.dw2});
-      add_weight_gradient(round, group, {dz_rows_, in_.up, xs_right_, in_.in, out_.dw1});
+      const int64_t begin = slice.begin(), columns = slice.columns(in_.hidden);
+      const Strided dw2{out_.dw2 + begin, in_.out * in_.hidden, in_.hidden};
+      add_weight_gradient(round, group, {dy_rows_, 0, in_.out, a_right_, columns, dw2});
+      for (int64_t side = 0; side < sides_; ++side) {
+        const Strided dw1{out_.dw1 + (side * in_.hidden + begin) * in_.in, in_.up * in_.in, in_.in};
+        const int64_t left_column = side * slice_panels_ * kTileColumns;
+        add_weight_gradient(round, group, {dz_rows_, left_column, columns, xs_right_, in_.in, dw1});
+      }
     }
-    round.add(group.spans.size(), [&](int64_t task, int64_t) { small_gradients(group, group.spans[task]); });
+    if (slice.last == hidden_panels_) {
+      round.add(group.spans.size(), [&](int64_t task, int64_t) { small_gradients(group, group.spans[task]); });
+    }
     round.run();
   }
 
-  // dxs = dz W1
-  void add_dx(TaskRound& round, const Group& group) {
-    const int64_t units = group.units.size();
-    const int64_t per_task = panels_per_task(in_panels_, dz_steps_ * kTileColumns, units);
-    const int64_t blocks = divide_up(in_panels_, per_task);
-    round.add(units * blocks, [this, &group, per_task, blocks](int64_t task, int64_t worker) {
-      const int64_t first = task % blocks * per_task;
-      dx_tiles(group.units[task / blocks], first, std::min(in_panels_, first + per_task), worker);
+  // dxs = dz W1, summed over the slices in float32
+  void add_dx(TaskRound& round, const Group& group, const Slice& slice) {
+    const int64_t most = cached_panels(dz_steps(slice) * kTileColumns), least = weight_grads() ? most : 1;
+    const std::vector<Share> shares = share_out(group.units.size(), in_panels_, most, least);
+    round.add(shares.size(), [this, &group, &slice, shares](int64_t task, int64_t worker) {
+      const Share& share = shares[task];
+      dx_tiles(group, slice, group.units[share.unit], share.begin, share.end, worker);
     });
   }
 
-  void dx_tiles(const Unit& unit, int64_t first, int64_t last, int64_t worker) {
-    pack_w1(unit.expert, first, last, worker);
+  void dx_tiles(const Group& group, const Slice& slice, const Unit& unit, int64_t first, int64_t last,
+                int64_t worker) {
+    pack_w1(unit.expert, slice, first, last, worker);
     alignas(64) float tile[kTileSize];
-    multiply_unit<T>(unit, dz_steps_, at<uint32_t>(dz_left_), local(worker), first, last, in_.in, tile,
+    multiply_unit<T>(unit, dz_steps(slice), at<uint32_t>(dz_left_), local(worker), first, last, in_.in, tile,
                      [&](const TilePlace& place, int64_t, int64_t) {
-      store_tile<T>(out_.drows + place.row * in_.in + place.column, in_.in, tile, place.rows, place.columns);
+      float* sums = at<float>(dx_sums_) + (place.row - group.row) * in_.in + place.column;
+      if (slice.first > 0) add_tile(tile, sums, in_.in, place.rows, place.columns);
+      if (slice.last < hidden_panels_) {
+        store_tile<float>(sums, in_.in, tile, place.rows, place.columns);
+      } else {
+        store_tile<T>(out_.drows + place.row * in_.in + place.column, in_.in, tile, place.rows, place.columns);
+      }
     });
   }
 
-  void pack_w1(int64_t expert, int64_t first, int64_t last, int64_t worker) {
+  void pack_w1(int64_t expert, const Slice& slice, int64_t first, int64_t last, int64_t worker) {
     const T** rows = local_rows(worker);
-    const T* weight = in_.w1 + expert * in_.up * in_.in;
-    const int64_t half = hidden_panels_ * kTileColumns;  // dz is packed in whole panels, gate and up each
-    for (int64_t begin = 0; begin < dz_steps_ * kPerWord<T>; begin += half, weight += in_.hidden * in_.in) {
-      for (int64_t i = 0; i < in_.hidden; ++i) rows[begin + i] = weight + i * in_.in;
-      std::fill(rows + begin + in_.hidden, rows + begin + half, nullptr);
+    const int64_t columns = slice.columns(in_.hidden), padded = slice.panels() * kTileColumns;  // dz is packed in panels
+    for (int64_t side = 0; side < sides_; ++side, rows += padded) {
+      const T* weight = in_.w1 + (expert * in_.up + side * in_.hidden + slice.begin()) * in_.in;
+      for (int64_t i = 0; i < columns; ++i) rows[i] = weight + i * in_.in;
+      std::fill(rows + columns, rows + padded, nullptr);
     }
     const int64_t column = first * kTileColumns;
-    pack_across<T>(rows, column, std::min(in_.in, last * kTileColumns) - column, dz_steps_, kTileColumns,
-                   local(worker));
+    pack_across<T>(local_rows(worker), column, std::min(in_.in, last * kTileColumns) - column, dz_steps(slice),
+                   kTileColumns, local(worker));
   }
 
-  // An expert's dW [height, width] = left^T right, a sum over its rows: dW2 = dys^T (weight a), dW1 = dz^T xs.
+  // Matrices of all experts, in a larger stack.
+  struct Strided {
+    T* first;
+    int64_t expert_size, row_size;
+  };
+
+  // An expert's dW [height, width] = left^T right, a sum over its rows: dW2 = dys^T (weight a), dW1 = dz^T xs. left is
+  // `height` columns of its rows, from left_column on.
   struct WeightGradient {
     size_t left_rows;
-    int64_t height;
+    int64_t left_column, height;
     size_t right;
     int64_t width;
-    T* stacked;  // [N, height, width]
+    Strided target;
   };
 
   void add_weight_gradient(TaskRound& round, const Group& group, const WeightGradient& gradient) {
     int64_t longest = 0;
     for (const ExpertSpan& span : group.spans) longest = std::max(longest, span_steps(span));
-    const int64_t spans = group.spans.size(), strips = divide_up(gradient.height, kTileRows);
-    const int64_t per_task = panels_per_task(strips, longest * kTileRows, spans);
-    const int64_t blocks = divide_up(strips, per_task);
-    round.add(spans * blocks, [this, &group, gradient, strips, per_task, blocks](int64_t task, int64_t worker) {
-      const int64_t first = task % blocks * per_task;
-      weight_tiles(group.spans[task / blocks], gradient, first, std::min(strips, first + per_task), worker);
+    const std::vector<Share> shares =
+        share_out(group.spans.size(), divide_up(gradient.height, kTileRows), cached_panels(longest * kTileRows));
+    round.add(shares.size(), [this, &group, gradient, shares](int64_t task, int64_t worker) {
+      const Share& share = shares[task];
+      weight_tiles(group.spans[share.unit], gradient, share.begin, share.end, worker);
     });
   }
 
@@ -273,9 +326,11 @@ class Backward {
     const int64_t steps = span_steps(span), height = gradient.height, width = gradient.width;
     const int64_t begin = first * kTileRows, end = std::min(height, last * kTileRows);
     uint32_t* left = local(worker);
-    pack_across<T>(at<const T*>(gradient.left_rows) + span.padded_row, begin, end - begin, steps, kTileRows, left);
+    pack_across<T>(at<const T*>(gradient.left_rows) + span.padded_row, gradient.left_column + begin, end - begin, steps,
+                   kTileRows, left);
     const uint32_t* right = right_of(gradient.right, span, panels_of(width));
-    T* target = gradient.stacked + span.expert * height * width;
+    const int64_t stride = gradient.target.row_size;
+    T* target = gradient.target.first + span.expert * gradient.target.expert_size;
     alignas(64) float tile[kTileSize];
     for (int64_t panel = 0; panel < panels_of(width); ++panel) {
       const int64_t column = panel * kTileColumns;
@@ -284,7 +339,7 @@ class Backward {
         const int count = tile_extent(height, row, kTileRows);
         multiply_tile<T>(count, steps, left + (strip - first) * steps * kTileRows,
                          right + panel * steps * kTileColumns, tile);
-        store_tile<T>(target + row * width + column, width, tile, count, tile_extent(width, column, kTileColumns));
+        store_tile<T>(target + row * stride + column, stride, tile, count, tile_extent(width, column, kTileColumns));
       }
     }
   }
@@ -324,8 +379,10 @@ class Backward {
   const T *dy_, *z_;
   ExpertGradients<T> out_;
   std::vector<Group> groups_;
-  int64_t hidden_panels_, in_panels_, dy_steps_, dz_steps_;
-  size_t dys_, dz_left_, dz_, a_right_, xs_right_, dots_, totals_, sums_, dy_rows_, x_rows_, dz_rows_, local_,
+  int64_t hidden_panels_, in_panels_, dy_steps_;
+  int64_t sides_;  // of dz: gate and up if gated
+  int64_t slice_panels_;
+  size_t dys_, dz_left_, dz_, a_right_, dx_sums_, xs_right_, dots_, totals_, sums_, dy_rows_, x_rows_, dz_rows_, local_,
       local_rows_;
   int64_t local_stride_, local_rows_stride_;
   Scratch scratch_;

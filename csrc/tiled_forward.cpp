@@ -11,26 +11,7 @@ namespace libmoe_fast {
 
 namespace {
 
-// Blocks of panels that one thread does in a row, fetching the next meanwhile.
-struct Chain {
-  int64_t unit, begin, end;
-};
-
-// Long chains first and single blocks last, so that all threads end at about the same time.
-std::vector<Chain> make_chains(int64_t units, int64_t blocks) {
-  constexpr int64_t kLongest = 8;
-  const int64_t shares = 2 * torch::stable::get_num_threads();
-  std::vector<Chain> chains;
-  for (int64_t unit = 0; unit < units; ++unit) {
-    for (int64_t begin = 0; begin < blocks;) {
-      const int64_t left = (units - unit) * blocks - begin;
-      const int64_t length = std::min(std::clamp<int64_t>(left / shares, 1, kLongest), blocks - begin);
-      chains.push_back({unit, begin, begin + length});
-      begin += length;
-    }
-  }
-  return chains;
-}
+constexpr int64_t kMostChained = 8;  // blocks of panels that one thread does in a row, fetching the next meanwhile
 
 // Packs a panel: 32 weight rows, whose elements follow each other in the sum.
 template <typename T>
@@ -86,10 +67,10 @@ class Forward {
   // Calls body(unit, first, last, end, worker) for blocks of panels; [last, end) is what the same thread does next.
   template <typename Body>
   static void for_each_block(const Group& group, int64_t panels, int64_t panel_words, const Body& body) {
-    const int64_t units = group.units.size(), per_block = panels_per_task(panels, panel_words, units);
-    const std::vector<Chain> chains = make_chains(units, divide_up(panels, per_block));
+    const int64_t units = group.units.size(), per_block = std::min(cached_panels(panel_words), divide_up(panels, 8));
+    const std::vector<Share> chains = share_out(units, divide_up(panels, per_block), kMostChained);
     for_each_task(static_cast<int64_t>(chains.size()), [&](int64_t task, int64_t worker) {
-      const Chain& chain = chains[task];
+      const Share& chain = chains[task];
       const int64_t end = std::min(panels, chain.end * per_block);
       for (int64_t first = chain.begin * per_block; first < end; first += per_block) {
         body(group.units[chain.unit], first, std::min(end, first + per_block), std::min(end, first + 2 * per_block),

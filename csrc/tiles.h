@@ -58,6 +58,11 @@ LIBMOE_FAST_ROW void add_bias(Accumulator<T>* __restrict__ tile, const T* __rest
   }
 }
 
+// tile += matrix
+inline void add_tile(float* __restrict__ tile, const float* __restrict__ matrix, int64_t stride, int rows, int columns) {
+  for (int i = 0; i < rows; ++i) add_to_sum<float>(tile + i * kTileColumns, matrix + i * stride, 1, columns);
+}
+
 // left *= right
 template <typename Real>
 LIBMOE_FAST_ROW void multiply_elements(Real* __restrict__ left, const Real* __restrict__ right, int rows) {

@@ -92,12 +92,19 @@ def test_error_is_pytorchs_own(shape, activation, gated, bias, dtype, gemm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("split", ["rows", "groups"])
-def test_more_rows_than_one_pass_takes(split, dtype, gemm):
-    """An expert's rows in several units (kMostUnitRows), and experts in several groups (kGroupBytes)."""
-    shape = (3000, 20, 40, 24, 3, 1) if split == "rows" else (700, 1500, 2100, 16, 4, 2)
-    index, tensors, dy = problem(*shape, dtype=dtype, skewed=split == "rows")
-    options = {"activation": "gelu", "gated": False}
+@pytest.mark.parametrize(
+    ("shape", "gated"),
+    [
+        ((3000, 20, 40, 24, 3, 1), False),  # an expert's rows in several units (kMostUnitRows)
+        ((700, 1500, 2100, 16, 4, 2), False),  # experts in several groups (kGroupBytes)
+        ((4000, 20, 310, 24, 3, 1), False),  # hidden columns in several slices (kSliceBytes)
+        ((4000, 20, 310, 24, 3, 1), True),
+    ],
+    ids=["units", "groups", "slices", "gated slices"],
+)
+def test_more_than_one_pass_takes(shape, gated, dtype, gemm):
+    index, tensors, dy = problem(*shape, dtype=dtype, gated=gated, skewed=shape[-1] == 1)
+    options = {"activation": "gelu", "gated": gated}
     exact = results(per_expert, index, [t.double() for t in tensors], dy.double(), **options)
     ours = results(engine, index, tensors, dy, **options)
     for a, truth in zip(ours, exact, strict=True):
@@ -131,9 +138,10 @@ def restored_threads():
         ((500, 96, 200, 80, 4, 2), False),
         ((3000, 20, 40, 24, 3, 1), True),  # one expert's rows in several units
         ((700, 1500, 500, 16, 4, 2), False),  # several groups
+        ((4000, 20, 310, 24, 3, 1), True),  # several slices
         ((20, 96, 200, 80, 64, 2), False),  # idle experts, and most of the others with a row or two
     ],
-    ids=["balanced", "one expert takes all", "groups", "more experts than choices"],
+    ids=["balanced", "one expert takes all", "groups", "slices", "more experts than choices"],
 )
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
