@@ -197,7 +197,7 @@ std::vector<Tensor> cpu_dispatch(const Tensor& x, const Tensor& weight, const Op
                                  const Optional& /*aux_scale*/, double temperature, const std::string& encoded_spec,
                                  int64_t sequences, bool over_topk, double balance_coef, double z_coef) {
   const ArgumentCheck check("cpu_dispatch");
-  const RouterSpec spec(check, encoded_spec);
+  const RouterSpec& spec = RouterSpec::decode(check, encoded_spec);
   const RouterTensors router(check, spec, x, weight, bias, noise, noise_weight, learned_temperature, temperature);
   check_sequences(check, sequences, x.size(0));
   const int64_t choices = x.size(0) * spec.top_k, N = spec.experts;
@@ -232,7 +232,7 @@ std::vector<Tensor> cpu_dispatch_backward(const Optional& drows, const Tensor& d
                                           const Tensor& first_share, double temperature,
                                           const std::string& encoded_spec, double balance_coef, double z_coef) {
   const ArgumentCheck check("cpu_dispatch_backward");
-  const RouterSpec spec(check, encoded_spec);
+  const RouterSpec& spec = RouterSpec::decode(check, encoded_spec);
   const RouterTensors router(check, spec, x, weight, bias, noise, noise_weight, learned_temperature, temperature);
   const RoutedTensors kept(check, spec, x, noise.has_value(), routed);
   const int64_t tokens = x.size(0), choices = tokens * spec.top_k;

@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <locale>
 #include <map>
+#include <mutex>
 #include <sstream>
 #include <utility>
 
@@ -56,6 +57,15 @@ class Words {
 };
 
 }  // namespace
+
+const RouterSpec& RouterSpec::decode(const ArgumentCheck& check, const std::string& encoded) {
+  static std::mutex mutex;
+  static auto* const known = new std::map<std::string, RouterSpec>;
+  const std::lock_guard lock(mutex);
+  const auto entry = known->find(encoded);
+  if (entry != known->end()) return entry->second;
+  return known->emplace(encoded, RouterSpec(check, encoded)).first->second;
+}
 
 RouterSpec::RouterSpec(const ArgumentCheck& check, const std::string& encoded) {
   const Words words(check, encoded);

@@ -24,12 +24,16 @@ struct RouterSpec {
   Noise noise;
   double noise_std;
 
-  // From "num_experts=4 top_k=2 score=linear ..."; anything else is an error of the op that `check` speaks for.
-  RouterSpec(const ArgumentCheck& check, const std::string& encoded);
+  // From "num_experts=4 top_k=2 score=linear ..."; anything else is an error of the op that `check` speaks for. Read once:
+  // a program has few specs, and reading one takes longer than routing a few tokens. The result is never destroyed.
+  static const RouterSpec& decode(const ArgumentCheck& check, const std::string& encoded);
 
   bool cosine() const { return score == Score::kCosine; }
   bool sigmoid() const { return probability == Probability::kSigmoid || probability == Probability::kSoftmaxSigmoid; }
   bool softmax() const { return probability == Probability::kSoftmax || probability == Probability::kSoftmaxSigmoid; }
+
+ private:
+  RouterSpec(const ArgumentCheck& check, const std::string& encoded);
 };
 
 }  // namespace libmoe_fast
