@@ -15,7 +15,8 @@ namespace libmoe_fast {
 namespace {
 
 // What a slice keeps of g: dz twice, packed and not, and a. Slices are whole strips of dW1 as well: of kStripPanels panels.
-constexpr int64_t kSliceBytes = int64_t{6} << 20;
+// Not too many: each adds its part to the sums of dx, which with many rows are in no cache.
+constexpr int64_t kSliceBytes = int64_t{6} << 20, kMostSlices = 4;
 constexpr int64_t kStripPanels = 7;
 static_assert(kStripPanels * kTileColumns % kTileRows == 0);
 
@@ -91,8 +92,8 @@ class Backward {
   int64_t panels_per_slice() const {
     const int64_t rows = largest(groups_, [](const Group& group) { return group.padded_rows; });
     const int64_t panel_bytes = rows * kTileColumns * static_cast<int64_t>(sizeof(T)) * (2 * sides_ + 1);
-    const int64_t slices = divide_up(hidden_panels_ * panel_bytes, kSliceBytes);
-    const int64_t panels = divide_up(hidden_panels_, std::max<int64_t>(1, slices));
+    const int64_t slices = std::clamp<int64_t>(divide_up(hidden_panels_ * panel_bytes, kSliceBytes), 1, kMostSlices);
+    const int64_t panels = divide_up(hidden_panels_, slices);
     return std::min(hidden_panels_, divide_up(panels, kStripPanels) * kStripPanels);
   }
 
