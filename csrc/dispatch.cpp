@@ -29,6 +29,7 @@ class RouterTensors {
       : temperature_(temperature) {
     check.shape(x, "x", "[T, D]", {-1, -1});
     check.floating(x, "x");
+    check.between(x.size(1), "D", 1, INT64_MAX);
     real_ = accumulator_dtype(x.scalar_type());
     x_ = torch::stable::contiguous(x);
     weight_ = real(check, weight, "weight", "[N, D]", {spec.experts, x.size(1)});

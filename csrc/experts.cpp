@@ -42,6 +42,9 @@ class ExpertArguments {
     if (gated && up % 2 != 0) check.fail("expected an even number of rows in gated `w1`, got ", up);
     check.shape(w2, "w2", "[N, O, H]", {experts, -1, hidden});
     check.same_dtype(w2, "w2", x, "x");
+    if (x.size(1) == 0 || hidden == 0 || w2.size(1) == 0) {
+      check.fail("expected D, H and O of at least 1, got ", x.size(1), ", ", hidden, " and ", w2.size(1));
+    }
     check_bias(check, given.b1, "b1", experts, up, x);
     check_bias(check, given.b2, "b2", experts, w2.size(1), x);
     check.shape(given.weights, "weights", "[T, top_k]", {x.size(0), -1});

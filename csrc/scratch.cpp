@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "sanitizer.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -29,7 +31,7 @@ struct Block {
   size_t bytes;
 };
 
-// Free blocks, and the size of every block handed out.
+// Free blocks, and the size of every block handed out. Who takes one allows what it will use.
 class BlockCache {
  public:
   char* take(size_t bytes) {
@@ -37,8 +39,7 @@ class BlockCache {
     const std::lock_guard lock(mutex_);
     Block block = take_free(rounded);
     if (block.data == nullptr) block = allocate(rounded);
-    in_use_[block.data] = block.bytes;
-    return block.data;
+    return hand_out(block);
   }
 
   // For the intermediate results of one call at a time: the largest that was given back, grown if need be, so that a
@@ -56,8 +57,7 @@ class BlockCache {
       std::free(block.data);
       block = allocate(rounded);
     }
-    in_use_[block.data] = block.bytes;
-    return block.data;
+    return hand_out(block);
   }
 
   void give_back(char* data) { give_back(data, free_); }
@@ -68,9 +68,16 @@ class BlockCache {
     return std::max(kLargePage, (bytes + kLargePage - 1) / kLargePage * kLargePage);
   }
 
+  char* hand_out(Block block) {
+    in_use_[block.data] = block.bytes;
+    forbid(block.data, block.bytes);
+    return block.data;
+  }
+
   void give_back(char* data, std::vector<Block>& free) {
     const std::lock_guard lock(mutex_);
     const auto entry = in_use_.find(data);
+    forbid(data, entry->second);
     free.push_back({data, entry->second});
     free_bytes_ += entry->second;
     in_use_.erase(entry);
@@ -129,7 +136,9 @@ void give_back(void* data) { cache().give_back(static_cast<char*>(data)); }
 
 }  // namespace
 
-Scratch::Scratch(const ScratchPlan& plan) : data_(cache().take_scratch(plan.bytes())) {}
+Scratch::Scratch(const ScratchPlan& plan) : data_(cache().take_scratch(plan.bytes())) {
+  for (const ScratchPlan::Part& part : plan.parts()) allow(data_ + part.offset, part.bytes);
+}
 
 Scratch::~Scratch() { cache().give_back_scratch(data_); }
 
@@ -140,7 +149,9 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = count;
   for (size_t d = 0; d < strides.size(); ++d) strides[d] = stride /= sizes.begin()[d];
-  return torch::stable::from_blob(cache().take(bytes), sizes, strides, like.device(), like.scalar_type(), &give_back);
+  char* data = cache().take(bytes);
+  allow(data, bytes);
+  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), &give_back);
 }
 
 }  // namespace libmoe_fast

@@ -9,24 +9,32 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 namespace libmoe_fast {
 
 // Adds up what a call needs, so that it is allocated once.
 class ScratchPlan {
  public:
-  // Offset of `count` values of type T, on a cache line of its own.
+  struct Part {
+    size_t offset, bytes;
+  };
+
+  // Offset of `count` values of type T, on a cache line of its own. A gap follows, which no one may touch.
   template <typename T>
   size_t add(int64_t count) {
-    const size_t offset = bytes_;
-    bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return offset;
+    const Part part{bytes_, static_cast<size_t>(count) * sizeof(T)};
+    parts_.push_back(part);
+    bytes_ += part.bytes / kAlignment * kAlignment + kAlignment;
+    return part.offset;
   }
   size_t bytes() const { return bytes_; }
+  const std::vector<Part>& parts() const { return parts_; }
 
  private:
   static constexpr size_t kAlignment = 128;  // so that neighbours' prefetchers do not meet either
   size_t bytes_ = 0;
+  std::vector<Part> parts_;
 };
 
 // Uninitialised memory for the intermediate results of one call.

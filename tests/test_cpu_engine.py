@@ -235,6 +235,15 @@ def test_a_bad_argument_is_named(change, message):
         lib.cpu_experts(**(arguments | change))
 
 
+@pytest.mark.parametrize("widths", [(0, 8, 8), (8, 0, 8), (8, 8, 0)], ids=str)
+def test_a_width_of_zero_is_an_error(widths, gemm):
+    D, H, O = widths
+    index = torch.tensor([[0, 1]] * 5)
+    x, weights, w1, w2 = torch.ones(5, D), torch.ones(5, 2), torch.ones(3, H, D), torch.ones(3, O, H)
+    with pytest.raises(RuntimeError, match=f"expected D, H and O of at least 1, got {D}, {H} and {O}"):
+        engine(x, weights, index, w1, None, w2, None, activation="gelu", gated=False)
+
+
 def test_an_unknown_way_to_multiply_is_an_error(monkeypatch):
     monkeypatch.setenv("LIBMOE_FAST_CPU_GEMM", "mkl")
     index, tensors, dy = problem(4, 4, 4, 4, 2, 1, dtype=torch.float32)

@@ -264,6 +264,7 @@ def test_opcheck(case):
     [
         ({"x": torch.zeros(40, 23)}, r"expected `weight` with shape \[N, D\] = \[6, 23\], got \[6, 24\]"),
         ({"x": torch.zeros(40, 24, dtype=torch.int64)}, "expected `x` in bfloat16, float16, float32 or float64"),
+        ({"x": torch.zeros(40, 0)}, "expected `D` from 1 to .*, got 0"),
         ({"bias": None}, "expected a `bias`, as `spec` says"),
         ({"noise": torch.zeros(3, 6)}, r"expected `noise` with shape \[T, N\] = \[40, 6\], got \[3, 6\]"),
         ({"spec": "num_experts=6 top_k=3"}, "expected `spec` as RouterSpec.encoded makes it, with a known `score`"),
