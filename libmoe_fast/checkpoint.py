@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from libmoe_fast.errors import CheckpointError
+from libmoe_fast.errors import CheckpointError, in_one_line
 from libmoe_fast.files import sync, sync_tree
 from libmoe_fast.layer import MoE
 from libmoe_fast.upcycle import install, moe_layers
@@ -100,7 +100,7 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
         config = transformers.AutoConfig.from_pretrained(folder)
         cls = getattr(transformers, (config.architectures or ["LlavaForConditionalGeneration"])[0])
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json is not a model configuration: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}/config.json is not a model configuration: {in_one_line(error)}") from error
     if not (folder / RECIPE_FILE).exists():
         return _load_dense(cls, folder, dtype)
 
@@ -129,13 +129,13 @@ def load_weights(
         state_dict = _read_weights(folder / WEIGHTS_FILE, dtype)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} is missing, truncated or no safetensors file: {_first_line(error)}"
+            f"{folder / WEIGHTS_FILE} is missing, truncated or no safetensors file: {in_one_line(error)}"
         ) from error
     try:
         install(model, layers)
         missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
     except (AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {in_one_line(error)}") from error
     for layer in layers.values():
         layer.train(model.training).reset_aux_scale()
     if hasattr(model, "tie_weights"):
@@ -181,7 +181,7 @@ def _load_dense(cls, folder: Path, dtype: torch.dtype | None) -> nn.Module:
     try:
         model, report = cls.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {in_one_line(error)}") from error
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected or report["mismatched_keys"]:
         raise CheckpointError(
@@ -215,7 +215,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full: free some space and run again" if full else _first_line(error)
+        reason = "the disk is full: free some space and run again" if full else in_one_line(error)
         raise CheckpointError(f"{folder} could not be saved, the previous content survives; {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -238,8 +238,3 @@ def _some(what: str, names) -> str:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(map(str, names[:3]))}{more}; "
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or repr(error)

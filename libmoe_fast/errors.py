@@ -19,3 +19,9 @@ class CheckpointError(LibMoEError, RuntimeError):
 
 class BackendError(LibMoEError, RuntimeError):
     """A backend asked for by name that is not usable here. Names what is missing and how to get it."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What a library's error says, its first two lines in one: for the end of a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or repr(error)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from libmoe_fast.checkpoint import load_model
-from libmoe_fast.errors import CheckpointError, ConfigError
+from libmoe_fast.errors import CheckpointError, ConfigError, in_one_line
 from libmoe_fast.train.chat import IMAGE, TEMPLATES
 from libmoe_fast.train.config import ModelConfig
 from libmoe_fast.upcycle import moe_layers, upcycle
@@ -150,7 +150,7 @@ def _pretrained(cls: Any, folder: Path, **options: Any) -> Any:
         )
     # safetensors, torch and transformers raise errors of no common kind on truncated and foreign files.
     except Exception as error:
-        raise CheckpointError(f"{folder} cannot be loaded as {cls.__name__}: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded as {cls.__name__}: {in_one_line(error)}") from error
     if not is_model:
         return loaded
     model, info = loaded
@@ -160,10 +160,6 @@ def _pretrained(cls: Any, folder: Path, **options: Any) -> Any:
             f"{folder} does not fit {cls.__name__}: {len(names)} weights are missing or misshapen, {names[0]} first"
         )
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
