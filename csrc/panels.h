@@ -33,9 +33,9 @@ struct Share {
   int64_t unit, begin, end;
 };
 
-// Shares out the panels of all units, at most `most` at a time, and less towards the end, down to `least`, so that all
-// threads end at about the same time.
-std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most, int64_t least = 1);
+// Shares out the panels of all units, at most `most` at a time, and less towards the end, so that all threads end at
+// about the same time.
+std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most);
 
 // Words of the widest task-local operand of `width` words per step.
 inline int64_t local_words(int64_t steps, int width) { return kMostPanels * steps * width; }
@@ -63,26 +63,59 @@ void pack_strip(const ExpertInputs<T>& inputs, const Unit& unit, int64_t strip, 
   pack_along<T>(pointers, rows, width, steps, kTileRows, packed + (unit.strip + strip) * steps * kTileRows);
 }
 
-// Weights that are packed next.
-template <typename T>
-struct NextWeights {
-  const T* data = nullptr;
-  int64_t count = 0;
+// Blocks of panels, in chains that one thread does in a row: it fetches a block while it multiplies the one before.
+class PanelBlocks {
+ public:
+  PanelBlocks(int64_t units, int64_t panels, int64_t panel_words)
+      : panels_(panels),
+        per_block_(std::min(cached_panels(panel_words), divide_up(panels, 8))),
+        chains_(share_out(units, divide_up(panels, per_block_), kMostChained)) {}
+
+  int64_t chains() const { return static_cast<int64_t>(chains_.size()); }
+
+  // Calls body(unit, first, last, end) for the blocks [first, last) of a chain; [last, end) is the next one.
+  template <typename Body>
+  void run(int64_t chain, const Body& body) const {
+    const Share& share = chains_[chain];
+    const int64_t end = std::min(panels_, share.end * per_block_);
+    for (int64_t first = share.begin * per_block_; first < end; first += per_block_) {
+      body(share.unit, first, std::min(end, first + per_block_), std::min(end, first + 2 * per_block_));
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostChained = 8;
+
+  int64_t panels_, per_block_;
+  std::vector<Share> chains_;
+};
+
+// A part of a matrix that is packed next: `bytes` of each of some rows.
+struct NextOperand {
+  const void* data = nullptr;
+  int64_t rows = 0, row_bytes = 0, bytes = 0;
+
+  // What to fetch during one of `calls` multiplications, a cache line at every step.
+  Ahead during(int64_t call, int64_t calls, int64_t steps) const {
+    if (rows == 0 || bytes == 0) return {};
+    constexpr int64_t kLine = 64;
+    const int64_t runs = divide_up(rows, steps), parts = divide_up(bytes, kLine) * runs, part = call * parts / calls;
+    return {static_cast<const char*>(data) + part % runs * steps * row_bytes + part / runs * kLine, row_bytes};
+  }
 };
 
 // Calls finish(place, strip, panel) for every tile of a unit's rows and the panels [first, last).
 template <typename T, typename Finish>
 void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, const uint32_t* right, int64_t first,
-                   int64_t last, int64_t width, float* tile, const Finish& finish, NextWeights<T> next = {}) {
-  const int64_t all_steps = unit.strips * (last - first) * steps;
-  Ahead ahead{reinterpret_cast<const char*>(next.data),
-              std::min<int64_t>(64, divide_up(next.count * sizeof(T), all_steps))};
+                   int64_t last, int64_t width, float* tile, const Finish& finish, const NextOperand& next) {
+  const int64_t calls = unit.strips * (last - first);
+  int64_t call = 0;
   for (int64_t strip = 0; strip < unit.strips; ++strip) {
     const int rows = unit.rows_of(strip);
     const uint32_t* strip_left = left + (unit.strip + strip) * steps * kTileRows;
     for (int64_t panel = first; panel < last; ++panel) {
-      multiply_tile<T>(rows, steps, strip_left, right + (panel - first) * steps * kTileColumns, tile, ahead);
-      ahead.data += ahead.bytes_per_step * steps;
+      multiply_tile<T>(rows, steps, strip_left, right + (panel - first) * steps * kTileColumns, tile,
+                       next.during(call++, calls, steps));
       const int64_t column = panel * kTileColumns;
       const TilePlace place{unit.expert, unit.row_of(strip), column, rows, tile_extent(width, column, kTileColumns)};
       finish(place, strip, panel);

@@ -54,13 +54,13 @@ std::vector<Group> make_groups(const int64_t* offsets, int64_t experts, int64_t 
   return groups;
 }
 
-std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most, int64_t least) {
+std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most) {
   const int64_t parts = 2 * torch::stable::get_num_threads();
   std::vector<Share> shares;
   for (int64_t unit = 0; unit < units; ++unit) {
     for (int64_t begin = 0; begin < panels;) {
       const int64_t left = (units - unit) * panels - begin;
-      const int64_t size = std::min(std::clamp(left / parts, std::min(least, most), most), panels - begin);
+      const int64_t size = std::min(std::clamp<int64_t>(left / parts, 1, most), panels - begin);
       shares.push_back({unit, begin, begin + size});
       begin += size;
     }

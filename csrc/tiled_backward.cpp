@@ -173,17 +173,26 @@ class Backward {
   // ----------------------------------------------------------------------------------- g, and everything made from it
 
   void hidden_gradients(const Group& group, const Slice& slice) {
-    const std::vector<Share> shares =
-        share_out(group.units.size(), slice.panels(), cached_panels(dy_steps_ * kTileColumns));
-    for_each_task(static_cast<int64_t>(shares.size()), [&](int64_t task, int64_t worker) {
-      const Share& share = shares[task];
-      const Unit& unit = group.units[share.unit];
-      const int64_t first = slice.first + share.begin, last = slice.first + share.end;
-      pack_w2(unit.expert, first, last, worker);
-      float* sums = at<float>(sums_) + share.unit * hidden_panels_ * 2 * kTileColumns;
-      std::fill(sums + first * 2 * kTileColumns, sums + last * 2 * kTileColumns, 0.0f);
-      hidden_gradient_tiles(group, slice, unit, local(worker), first, last, sums);
+    const PanelBlocks blocks(group.units.size(), slice.panels(), dy_steps_ * kTileColumns);
+    for_each_task(blocks.chains(), [&](int64_t chain, int64_t worker) {
+      blocks.run(chain, [&](int64_t number, int64_t begin, int64_t end, int64_t next_end) {
+        const Unit& unit = group.units[number];
+        const int64_t first = slice.first + begin, last = slice.first + end;
+        pack_w2(unit.expert, first, last, worker);
+        float* sums = at<float>(sums_) + number * hidden_panels_ * 2 * kTileColumns;
+        std::fill(sums + first * 2 * kTileColumns, sums + last * 2 * kTileColumns, 0.0f);
+        const NextOperand next = columns_of(in_.w2 + unit.expert * in_.out * in_.hidden, in_.out, in_.hidden, last,
+                                            slice.first + next_end);
+        hidden_gradient_tiles(group, slice, unit, local(worker), first, last, sums, next);
+      });
     });
+  }
+
+  // Panels [first, last) of a matrix [rows, width].
+  static NextOperand columns_of(const T* matrix, int64_t rows, int64_t width, int64_t first, int64_t last) {
+    constexpr int64_t kSize = sizeof(T);
+    const int64_t begin = first * kTileColumns, end = std::min(width, last * kTileColumns);
+    return {matrix + begin, rows, width * kSize, std::max<int64_t>(0, end - begin) * kSize};
   }
 
   void pack_w2(int64_t expert, int64_t first, int64_t last, int64_t worker) {
@@ -196,7 +205,7 @@ class Backward {
   }
 
   void hidden_gradient_tiles(const Group& group, const Slice& slice, const Unit& unit, const uint32_t* right,
-                             int64_t first, int64_t last, float* sums) {
+                             int64_t first, int64_t last, float* sums, const NextOperand& next) {
     HiddenGradients<T> tile;
     RoundedTile<T> rounded;
     const ExpertSpan& span = span_of(group, unit.expert);
@@ -213,7 +222,7 @@ class Backward {
       pack_across<T>(rounded.rows, 0, kTileColumns, steps, kTileColumns,
                      right_of(a_right_, span, slice.panels()) +
                          (place_in_slice + (unit.expert_strip + strip) * steps) * kTileColumns);
-    });
+    }, next);
   }
 
   static const ExpertSpan& span_of(const Group& group, int64_t expert) {
@@ -257,17 +266,19 @@ class Backward {
 
   // dxs = dz W1, summed over the slices in float32
   void add_dx(TaskRound& round, const Group& group, const Slice& slice) {
-    const int64_t most = cached_panels(dz_steps(slice) * kTileColumns), least = weight_grads() ? most : 1;
-    const std::vector<Share> shares = share_out(group.units.size(), in_panels_, most, least);
-    round.add(shares.size(), [this, &group, &slice, shares](int64_t task, int64_t worker) {
-      const Share& share = shares[task];
-      dx_tiles(group, slice, group.units[share.unit], share.begin, share.end, worker);
+    const PanelBlocks blocks(group.units.size(), in_panels_, dz_steps(slice) * kTileColumns);
+    round.add(blocks.chains(), [this, &group, &slice, blocks](int64_t chain, int64_t worker) {
+      blocks.run(chain, [&](int64_t unit, int64_t first, int64_t last, int64_t end) {
+        dx_tiles(group, slice, group.units[unit], first, last, end, worker);
+      });
     });
   }
 
-  void dx_tiles(const Group& group, const Slice& slice, const Unit& unit, int64_t first, int64_t last,
+  void dx_tiles(const Group& group, const Slice& slice, const Unit& unit, int64_t first, int64_t last, int64_t end,
                 int64_t worker) {
     pack_w1(unit.expert, slice, first, last, worker);
+    const NextOperand next = columns_of(in_.w1 + (unit.expert * in_.up + slice.begin()) * in_.in,
+                                        slice.columns(in_.hidden), in_.in, last, end);
     alignas(64) float tile[kTileSize];
     multiply_unit<T>(unit, dz_steps(slice), at<uint32_t>(dz_left_), local(worker), first, last, in_.in, tile,
                      [&](const TilePlace& place, int64_t, int64_t) {
@@ -278,7 +289,7 @@ class Backward {
       } else {
         store_tile<T>(out_.drows + place.row * in_.in + place.column, in_.in, tile, place.rows, place.columns);
       }
-    });
+    }, next);
   }
 
   void pack_w1(int64_t expert, const Slice& slice, int64_t first, int64_t last, int64_t worker) {

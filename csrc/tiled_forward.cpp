@@ -11,8 +11,6 @@ namespace libmoe_fast {
 
 namespace {
 
-constexpr int64_t kMostChained = 8;  // blocks of panels that one thread does in a row, fetching the next meanwhile
-
 // Packs a panel: 32 weight rows, whose elements follow each other in the sum.
 template <typename T>
 void pack_weight_rows(const T* weight, int64_t rows, int64_t width, int64_t first_row, int64_t steps,
@@ -64,25 +62,22 @@ class Forward {
     });
   }
 
-  // Calls body(unit, first, last, end, worker) for blocks of panels; [last, end) is what the same thread does next.
-  template <typename Body>
-  static void for_each_block(const Group& group, int64_t panels, int64_t panel_words, const Body& body) {
-    const int64_t units = group.units.size(), per_block = std::min(cached_panels(panel_words), divide_up(panels, 8));
-    const std::vector<Share> chains = share_out(units, divide_up(panels, per_block), kMostChained);
-    for_each_task(static_cast<int64_t>(chains.size()), [&](int64_t task, int64_t worker) {
-      const Share& chain = chains[task];
-      const int64_t end = std::min(panels, chain.end * per_block);
-      for (int64_t first = chain.begin * per_block; first < end; first += per_block) {
-        body(group.units[chain.unit], first, std::min(end, first + per_block), std::min(end, first + 2 * per_block),
-             worker);
-      }
-    });
+  // The rows of a weight that panels [first, last) are made of: they follow each other.
+  static NextOperand rows_of(const T* weight, int64_t rows, int64_t width, int64_t first, int64_t last) {
+    constexpr int64_t kLine = 64;
+    const int64_t begin = std::min(rows, first * kTileColumns), end = std::min(rows, last * kTileColumns);
+    const int64_t bytes = (end - begin) * width * static_cast<int64_t>(sizeof(T));
+    return {weight + begin * width, bytes / kLine, kLine, kLine};
   }
 
-  // The rows of a weight that panels [first, last) are made of.
-  static NextWeights<T> rows_of(const T* weight, int64_t rows, int64_t width, int64_t first, int64_t last) {
-    const int64_t begin = std::min(rows, first * kTileColumns), end = std::min(rows, last * kTileColumns);
-    return {weight + begin * width, (end - begin) * width};
+  template <typename Body>
+  static void for_each_block(const Group& group, int64_t panels, int64_t panel_words, const Body& body) {
+    const PanelBlocks blocks(group.units.size(), panels, panel_words);
+    for_each_task(blocks.chains(), [&](int64_t chain, int64_t worker) {
+      blocks.run(chain, [&](int64_t unit, int64_t first, int64_t last, int64_t end) {
+        body(group.units[unit], first, last, end, worker);
+      });
+    });
   }
 
   void hidden_layer(const Group& group) {
@@ -104,7 +99,7 @@ class Forward {
   }
 
   void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, int64_t first, int64_t last,
-                    NextWeights<T> next) {
+                    const NextOperand& next) {
     alignas(64) float gate[kTileSize], up[kTileSize], value[kTileSize];
     RoundedTile<T> rounded;
     const auto* tokens = scratch_.template at<uint32_t>(tokens_);
@@ -137,7 +132,7 @@ class Forward {
     });
   }
 
-  void output_tiles(const Unit& unit, const uint32_t* right, int64_t first, int64_t last, NextWeights<T> next) {
+  void output_tiles(const Unit& unit, const uint32_t* right, int64_t first, int64_t last, const NextOperand& next) {
     alignas(64) float tile[kTileSize];
     T* outputs = scratch_.template at<T>(outputs_);
     const T* bias = in_.second_bias(unit.expert);
