@@ -1,4 +1,7 @@
-"""Routing alone: scores, top-K, gate weights and auxiliary losses, against a copy of the tokens."""
+"""Routing alone: scores, top-K, gate weights and auxiliary losses, against a copy of the tokens.
+
+Ours, where it is fused, makes the permutation as well.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from libmoe_fast import ops
 from libmoe_fast.benchmarks.arena import OURS, Arena, entrant, random_tokens
 from libmoe_fast.benchmarks.cases import Case
 from libmoe_fast.benchmarks.limits import copy_of
+from libmoe_fast.benchmarks.peers import widen
 from libmoe_fast.routers import build_router
 from libmoe_fast.spec import LossOptions
 
@@ -23,18 +27,11 @@ def build(case: Case, device: torch.device) -> Arena:
     grad = torch.randn(case.tokens, shape.top_k, device=device)  # of the gate weights
     losses = LossOptions(balance_coef=0.01, z_coef=0.001, aux_scale=torch.ones((), device=device))
     backend = ops.choose_backend(None, device, case.torch_dtype)
-    backends = {OURS: backend}
-    if backend == "triton":  # the other backends route by this very code
-        backends["plain PyTorch"] = "reference"
+    calls = {OURS: lambda: route(router, x, losses, backend)}
+    if backend != "reference":  # which is that very code
+        calls["plain PyTorch"] = lambda: route(router, *widen(router, (x,)), losses, "reference")
     entrants = {
-        name: entrant(
-            case,
-            lambda backend=backend: route(router, x, losses, backend),
-            module=router,
-            inputs=(x,),
-            grad=grad,
-        )
-        for name, backend in backends.items()
+        name: entrant(case, call, module=router, inputs=(x,), grad=grad) for name, call in calls.items()
     }
     passes = 3 if case.mode == "fwd+bwd" else 1  # x; x again, and its gradient
     return Arena(entrants, "memory copy", partial(copy_of, passes * x.nbytes, device), {})

@@ -29,7 +29,7 @@ from libmoe_fast.benchmarks.cases import Case
 from libmoe_fast.errors import BackendError
 from libmoe_fast.experts import Experts
 from libmoe_fast.layer import MoE
-from libmoe_fast.reference import ACTIVATIONS, activate
+from libmoe_fast.reference import ACTIVATIONS, accumulation_dtype, activate
 from libmoe_fast.spec import Routing
 
 # A peer that copies weights or builds one-hot tensors is left out of a case where these alone pass this size.
@@ -49,7 +49,14 @@ def add_peer(moe: MoE, name: str) -> MoE:
     other = copy.deepcopy(moe, {id(moe.experts): moe.experts})  # the experts themselves are not copied
     other.experts = PEERS[name](moe.experts)
     other.backend = "reference"  # a fused backend's routing also prepares our own experts' work
+    other.router.register_forward_pre_hook(widen)
     return other
+
+
+def widen(router: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Tokens in float32, as plain PyTorch routes them: our `reference` would route 16-bit ones twice, to keep less."""
+    x, *rest = inputs
+    return (x.to(accumulation_dtype(x.dtype)), *rest)
 
 
 def why_not(name: str, case: Case) -> str | None:
