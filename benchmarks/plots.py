@@ -30,10 +30,11 @@ PROGRAMS = ("loop", "split", "grouped_mm", "hf_eager", "hf_grouped_mm", "hf_batc
 
 
 def colour(entrant: str) -> str:
-    others = [*PROGRAMS, "megablocks", "scattermoe", "hf_sonicmoe"]
+    others = [*PROGRAMS, "megablocks", "scattermoe", "hf_sonicmoe", "torch sort + index", "plain PyTorch"]
     if entrant == OURS:
         return COLOURS[0]
-    return (*COLOURS[1:], "#8C564B", "#BCBD22", "#17BECF")[others.index(entrant) if entrant in others else -1]
+    more = ("#8C564B", "#BCBD22", "#17BECF", "#9467BD", "#FF9896")
+    return (*COLOURS[1:], *more)[others.index(entrant) if entrant in others else -1]
 
 
 def over_limit_by_tokens(rows: Sequence[Row], path: Path) -> bool:
