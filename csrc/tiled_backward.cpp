@@ -25,7 +25,7 @@ struct Slice {
   int64_t first, last;
 
   int64_t panels() const { return last - first; }
-  int64_t begin() const { return first * kTileColumns; }                           // of its columns
+  int64_t begin() const { return first * kTileColumns; }  // of its columns
   int64_t columns(int64_t hidden) const { return std::min(hidden, last * kTileColumns) - begin(); }
 };
 

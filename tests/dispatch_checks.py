@@ -3,6 +3,7 @@ precision. Used by the tests of the CPU ops and, in kernels/, of the Triton kern
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -193,3 +194,15 @@ def compare_dispatch(case: DispatchCase, data: DispatchData, ours: dict[str, Ten
     assert torch.equal(ours.pop("inverse"), inverse)
     assert torch.equal(ours.pop("offsets"), offsets)
     assert_as_accurate(ours, theirs, exact)
+
+
+MISSING = ("dlosses", "aux_scale", "both", "dxs")  # gradients that are None in some mode
+
+
+def check_missing(run: Callable[[DispatchData], dict[str, Tensor]], data: DispatchData, missing: str) -> None:
+    """None is the same as zeros: the loss returned or attached, evaluation, experts that ran on other rows."""
+    absent = ("dlosses", "aux_scale") if missing == "both" else (missing,)
+    zeros = data._replace(**{name: torch.zeros_like(getattr(data, name)) for name in absent})
+    without = run(data._replace(**dict.fromkeys(absent)))
+    for name, value in run(zeros).items():
+        assert torch.equal(value, without[name]), name

@@ -7,10 +7,12 @@ import torch
 from dispatch_checks import (
     BALANCE_COEF,
     BUILT_IN,
+    MISSING,
     USER_MADE,
     Z_COEF,
     DispatchCase,
     DispatchData,
+    check_missing,
     compare_dispatch,
     dispatch_data,
     sorted_choices,
@@ -148,16 +150,10 @@ def test_non_contiguous_input():
         assert torch.equal(run_dispatch(case, strided)[name], value), name
 
 
-@pytest.mark.parametrize("missing", ["dlosses", "aux_scale", "both", "dxs"])
+@pytest.mark.parametrize("missing", MISSING)
 def test_gradients_that_may_be_missing(missing):
-    """Each is None in some mode: the loss returned or attached, evaluation, experts that ran on other rows."""
     case = DispatchCase(router=BUILT_IN["cosine"])
-    data = dispatch_data(case)
-    absent = ("dlosses", "aux_scale") if missing == "both" else (missing,)
-    zeros = data._replace(**{name: torch.zeros_like(getattr(data, name)) for name in absent})
-    without = run_dispatch(case, data._replace(**dict.fromkeys(absent)))
-    for name, value in run_dispatch(case, zeros).items():
-        assert torch.equal(value, without[name]), name
+    check_missing(lambda given: run_dispatch(case, given), dispatch_data(case), missing)
 
 
 @pytest.mark.parametrize("router", [BUILT_IN["smoe-learned-noise"], BUILT_IN["perturbed"]], ids=["learned", "cosine"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dispatch_checks import BUILT_IN, USER_MADE, DispatchCase, sorted_choices
+from dispatch_checks import BUILT_IN, MISSING, USER_MADE, DispatchCase, check_missing, sorted_choices
 from kernel_checks import DEVICE, check_dispatch, dispatch_data, load_kernels, run_dispatch
 
 from libmoe_fast import reference
@@ -62,16 +62,10 @@ def test_float32_router_on_bfloat16_tokens(router):
     check_dispatch(KERNELS, DispatchCase(router=router, dtype=torch.bfloat16, router_dtype=torch.float32))
 
 
-@pytest.mark.parametrize("missing", ["dlosses", "aux_scale", "both", "dxs"])
+@pytest.mark.parametrize("missing", MISSING)
 def test_gradients_that_may_be_missing(missing):
-    """Each is None in some mode: the loss returned or attached, evaluation, experts that ran on other rows."""
     case = DispatchCase(router=BUILT_IN["cosine"])
-    data = dispatch_data(case)
-    absent = ("dlosses", "aux_scale") if missing == "both" else (missing,)
-    zeros = data._replace(**{name: torch.zeros_like(getattr(data, name)) for name in absent})
-    without = run_dispatch(KERNELS, case, data._replace(**dict.fromkeys(absent)))
-    for name, value in run_dispatch(KERNELS, case, zeros).items():
-        assert torch.equal(value, without[name]), name
+    check_missing(lambda given: run_dispatch(KERNELS, case, given), dispatch_data(case), missing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
