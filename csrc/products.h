@@ -14,7 +14,7 @@
 namespace libmoe_fast {
 
 template <typename Real>
-constexpr int64_t kLanes = 64 / sizeof(Real);
+constexpr int kLanes = 64 / sizeof(Real);
 
 template <typename Real>
 constexpr int64_t padded_width(int64_t width) {
@@ -48,7 +48,7 @@ class PaddedRows {
   std::vector<Real> values_;
 };
 
-constexpr int kDotRows = 4, kDotColumns = 2;  // 8 sums and 6 operands in registers
+constexpr int kDotRows = 8, kDotColumns = 2;  // 16 sums and 3 operands in registers
 
 // out[i][j] = <rows[i], columns[j]>; width a multiple of kLanes.
 template <typename Real>
@@ -58,7 +58,7 @@ LIBMOE_FAST_ROW void dot_tile(const Real* const* rows, const Real* const* column
   for (int64_t d = 0; d < width; d += kLanes<Real>) {
     const Lanes first = *reinterpret_cast<const Lanes*>(columns[0] + d);
     const Lanes second = *reinterpret_cast<const Lanes*>(columns[1] + d);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kDotRows; ++i) {
       const Lanes row = *reinterpret_cast<const Lanes*>(rows[i] + d);
       sums[i][0] += row * first;
@@ -69,10 +69,7 @@ LIBMOE_FAST_ROW void dot_tile(const Real* const* rows, const Real* const* column
     for (int j = 0; j < kDotColumns; ++j) {
       Real lanes[kLanes<Real>];
       std::memcpy(lanes, &sums[i][j], sizeof lanes);
-      for (int64_t half = kLanes<Real> / 2; half > 0; half /= 2) {
-        for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-      }
-      out[i * kDotColumns + j] = lanes[0];
+      out[i * kDotColumns + j] = sum_in_halves<kLanes<Real>>(lanes);
     }
   }
 }

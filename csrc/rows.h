@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "dtypes.h"
 
@@ -15,6 +16,24 @@
 #endif
 
 namespace libmoe_fast {
+
+// Sum of kCount values, a power of two: the second half is added to the first, and so on. In vector types, because GCC
+// makes a chain of single values, or of loads that wait for narrower stores, out of the loops.
+template <int kCount, typename Real>
+inline __attribute__((always_inline)) Real sum_in_halves(const Real* values) {
+  if constexpr (kCount == 2) {
+    return values[0] + values[1];
+  } else {
+    typedef Real Half __attribute__((vector_size(kCount / 2 * sizeof(Real))));
+    Half first, second;
+    std::memcpy(&first, values, sizeof first);
+    std::memcpy(&second, values + kCount / 2, sizeof second);
+    first += second;
+    Real sums[kCount / 2];
+    std::memcpy(sums, &first, sizeof first);
+    return sum_in_halves<kCount / 2>(sums);
+  }
+}
 
 // out = weight * row
 template <typename T>
@@ -45,7 +64,7 @@ LIBMOE_FAST_ROW void store_sum(T* __restrict__ out, const Accumulator<T>* __rest
 // <a, b> in 16 interleaved partial sums, added up pairwise: a fixed order whatever the vector width.
 template <typename T>
 LIBMOE_FAST_ROW Accumulator<T> dot_row(const T* __restrict__ a, const T* __restrict__ b, int64_t width) {
-  constexpr int64_t kLanes = 16;
+  constexpr int kLanes = 16;
   Accumulator<T> lanes[kLanes] = {};
   const T* const end = a + width / kLanes * kLanes;
   for (; a != end; a += kLanes, b += kLanes) {
@@ -56,10 +75,7 @@ LIBMOE_FAST_ROW Accumulator<T> dot_row(const T* __restrict__ a, const T* __restr
   for (int64_t j = 0; j < width % kLanes; ++j) {
     lanes[j] += static_cast<Accumulator<T>>(a[j]) * static_cast<Accumulator<T>>(b[j]);
   }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  }
-  return lanes[0];
+  return sum_in_halves<kLanes>(lanes);
 }
 
 }  // namespace libmoe_fast

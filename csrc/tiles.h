@@ -69,15 +69,6 @@ LIBMOE_FAST_ROW void multiply_elements(Real* __restrict__ left, const Real* __re
   for (int i = 0; i < rows * kTileColumns; ++i) left[i] *= right[i];
 }
 
-// Sum of a row of kTileColumns values in a fixed order.
-template <typename Real>
-inline __attribute__((always_inline)) Real sum_row(Real* __restrict__ row) {
-  for (int half = kTileColumns / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) row[j] += row[j + half];
-  }
-  return row[0];
-}
-
 // The plain MLP's gradients from g = W2^T dy, the recomputed value = act(z) and slope = act'(z):
 // dots[i] = <g_i, value_i>, value = weight * value, g = dz = weight * g * slope, sums[j] += sum over i of dz[i, j].
 template <typename Real>
@@ -95,7 +86,7 @@ LIBMOE_FAST_ROW void activation_gradients(Real* __restrict__ g, Real* __restrict
       g[row + j] = dz;
       tile_sums[j] += dz;
     }
-    dots[i] = sum_row(products);
+    dots[i] = sum_in_halves<kTileColumns>(products);
   }
   for (int j = 0; j < kTileColumns; ++j) sums[j] += tile_sums[j];
 }
@@ -122,7 +113,7 @@ LIBMOE_FAST_ROW void gated_gradients(Real* __restrict__ g, Real* __restrict__ up
       gate_tile_sums[j] += dgate;
       up_tile_sums[j] += dup;
     }
-    dots[i] = sum_row(products);
+    dots[i] = sum_in_halves<kTileColumns>(products);
   }
   for (int j = 0; j < kTileColumns; ++j) {
     gate_sums[j] += gate_tile_sums[j];
