@@ -17,10 +17,14 @@ namespace {
 // Inlined into every instruction set's version of the loops below.
 #define LIBMOE_FAST_INLINE inline __attribute__((always_inline))
 
-// e^x for x in [-87, 88], clamped outside: within 1 unit in the last place, no branches, no table.
+// e^x for x <= 0, e^-87 below -87: within 1 unit in the last place, no branches, no table.
 LIBMOE_FAST_INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  // Floats below zero are ordered like their bits. A comparison of floats here would be compiled to three masks.
+  constexpr uint32_t kLeast = 0xc2ae0000;  // -87
+  uint32_t least;
+  std::memcpy(&least, &x, sizeof least);
+  least = least < kLeast ? least : kLeast;
+  std::memcpy(&x, &least, sizeof x);
   constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
   const float shifted = x * 1.44269504f + kRoundToInteger;
   const float n = shifted - kRoundToInteger;
@@ -45,10 +49,10 @@ LIBMOE_FAST_INLINE double exponential(double x) { return std::exp(x); }
 // sigmoid(x), and 1 - sigmoid(x) without its cancellation
 template <typename Real>
 LIBMOE_FAST_INLINE Real sigmoid(Real x, Real& complement) {
-  const Real e = exponential(-x);
-  const Real s = Real(1) / (Real(1) + e);
-  complement = e * s;
-  return s;
+  const Real e = exponential(x < Real(0) ? x : -x);
+  const Real larger = Real(1) / (Real(1) + e), smaller = e * larger;
+  complement = x < Real(0) ? larger : smaller;
+  return x < Real(0) ? smaller : larger;
 }
 
 // Phi(z) and phi(z) of the normal distribution. For z <= 0, Phi = e^(-z^2/2) q(t) with t = 1 / (1 + 0.34 |z|) and q a
