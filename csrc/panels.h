@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "packing.h"
 #include "row_groups.h"
 
 namespace libmoe_fast {

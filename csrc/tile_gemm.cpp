@@ -2,19 +2,10 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "sanitizer.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define LIBMOE_FAST_TILES 1
-// GCC 12 takes the undefined operand of its own unmasked intrinsics for a mistake (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#endif
+#include "avx512.h"
 
 namespace libmoe_fast {
 
@@ -34,9 +25,6 @@ bool torch_mm_demanded() {
 
 }  // namespace
 
-#define LIBMOE_FAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
-#define LIBMOE_FAST_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-
 bool tiles_pay(ScalarType dtype) {
   static const bool fp32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512vl");
@@ -47,9 +35,6 @@ bool tiles_pay(ScalarType dtype) {
 }
 
 namespace {
-
-// GCC keeps the accumulators in registers only if every loop over them is unrolled.
-#define LIBMOE_FAST_UNROLL _Pragma("GCC unroll 16")
 
 // row = sum, or row += sum
 LIBMOE_FAST_AVX512 inline void store_sums(float* row, const __m512 (&sum)[2], bool add) {
@@ -100,141 +85,6 @@ LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const
   for (int i = 0; i < kRows; ++i) store_sums(tile + i * kTileColumns, sum[i], add);
 }
 
-// The first elements of a row, as many as the mask has bits, zeros after them.
-LIBMOE_FAST_AVX512 inline __m512i load_halves(__mmask32 valid, const void* row) {
-  check_read(row, __builtin_popcount(valid) * 2);
-  return _mm512_maskz_loadu_epi16(valid, row);
-}
-
-LIBMOE_FAST_AVX512 inline __m512 load_floats(__mmask16 valid, const float* row) {
-  check_read(row, __builtin_popcount(valid) * 4);
-  return _mm512_maskz_loadu_ps(valid, row);
-}
-
-LIBMOE_FAST_AVX512 inline void store_words(uint32_t* packed, __mmask16 columns, __m512i words) {
-  check_write(packed, __builtin_popcount(columns) * 4);
-  _mm512_mask_storeu_epi32(packed, columns, words);
-}
-
-// 16 x 16 words: row i of `block` becomes column i.
-LIBMOE_FAST_AVX512 inline void transpose(__m512i (&block)[16]) {
-  __m512i pairs[16], quads[16];
-  LIBMOE_FAST_UNROLL
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(block[i], block[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(block[i], block[i + 1]);
-  }
-  LIBMOE_FAST_UNROLL
-  for (int i = 0; i < 16; i += 4) {
-    quads[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    quads[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    quads[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    quads[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-  LIBMOE_FAST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    // Lane l of quads[i + 4q] holds column 4l + i of rows 4q to 4q + 3.
-    const __m512i low = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0x88);
-    const __m512i high = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0x88);
-    const __m512i low_odd = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0xdd);
-    const __m512i high_odd = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0xdd);
-    block[i] = _mm512_shuffle_i32x4(low, high, 0x88);
-    block[i + 8] = _mm512_shuffle_i32x4(low, high, 0xdd);
-    block[i + 4] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
-    block[i + 12] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
-  }
-}
-
-constexpr int64_t kPrefetchRows = 24;
-
-// Up to 16 rows of `bytes` bytes into words [step * width + row].
-LIBMOE_FAST_AVX512 void pack_16_rows(const char* const* rows, int count, int64_t bytes, int64_t steps, int width,
-                                     __mmask16 columns, uint32_t* packed) {
-  // Rows a page apart are read too haphazardly for the processor to foresee; those of a weight lie one after the other,
-  // so the 16 after these, most likely packed next, can be fetched in order meanwhile.
-  const bool adjacent = count >= 16 && rows[15] - rows[0] == 15 * bytes;
-  const char* next = adjacent ? rows[0] + 16 * bytes : nullptr;
-  for (int64_t step = 0; step < steps; step += 16) {
-    const int64_t halves = std::clamp<int64_t>((bytes - step * 4) / 2, 0, 32);  // 16-bit units left in these rows
-    const __mmask32 valid = halves == 32 ? ~__mmask32{0} : (__mmask32{1} << halves) - 1;
-    if (next != nullptr) {
-      for (int line = 0; line < 16; ++line) _mm_prefetch(next + step * 64 + line * 64, _MM_HINT_T1);
-    }
-    __m512i block[16];
-    LIBMOE_FAST_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      block[i] = i < count ? load_halves(valid, rows[i] + step * 4) : _mm512_setzero_si512();
-    }
-    transpose(block);
-    uint32_t* out = packed + step * width;
-    const int64_t left = std::min<int64_t>(16, steps - step);
-    if (left == 16) {
-      LIBMOE_FAST_UNROLL
-      for (int i = 0; i < 16; ++i) store_words(out + i * width, columns, block[i]);
-    } else {
-      for (int i = 0; i < left; ++i) store_words(out + i * width, columns, block[i]);
-    }
-  }
-}
-
-LIBMOE_FAST_AVX512 inline __m512i load_or_zero(__mmask32 valid, const void* row) {
-  return row == nullptr ? _mm512_setzero_si512() : load_halves(valid, row);
-}
-
-// Fetches row[column]; the row may be null, which is then harmless.
-template <typename T>
-inline void prefetch(const T* row, int64_t column) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(column) * sizeof(T);
-  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
-}
-
-// Which of 2 x 32 values goes where, to pair value i of one row with value i of the other: i < 16, and the rest.
-struct alignas(64) Interleave {
-  uint16_t low[32], high[32];
-
-  constexpr Interleave() : low(), high() {
-    for (int i = 0; i < 32; ++i) {
-      low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-      high[i] = static_cast<uint16_t>(low[i] + 16);
-    }
-  }
-};
-constexpr Interleave kInterleave;
-
-LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t column, int count, int64_t steps,
-                                          int64_t steps_left, int width, uint32_t* packed) {
-  const __m512i first = _mm512_load_si512(kInterleave.low), second = _mm512_load_si512(kInterleave.high);
-  const __mmask32 valid = count == 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-  const __mmask16 columns = width >= 16 ? __mmask16(~0) : static_cast<__mmask16>((1u << width) - 1);
-  for (int64_t step = 0; step < steps; ++step, packed += width, rows += 2) {
-    if (step + kPrefetchRows / 2 < steps_left) {
-      prefetch(rows[kPrefetchRows], column);
-      prefetch(rows[kPrefetchRows + 1], column);
-    }
-    const __m512i even = load_or_zero(valid, rows[0] == nullptr ? nullptr : rows[0] + column);
-    const __m512i odd = load_or_zero(valid, rows[1] == nullptr ? nullptr : rows[1] + column);
-    store_words(packed, columns, _mm512_permutex2var_epi16(even, first, odd));
-    if (width > 16) _mm512_storeu_si512(packed + 16, _mm512_permutex2var_epi16(even, second, odd));
-  }
-}
-
-LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t column, int count, int64_t steps,
-                                          int64_t steps_left, int width, uint32_t* packed) {
-  const auto mask = [](int bits) { return static_cast<__mmask16>((1u << std::clamp(bits, 0, 16)) - 1); };
-  const __mmask16 low = mask(count), high = mask(count - 16), columns = mask(width);
-  for (int64_t step = 0; step < steps; ++step, packed += width) {
-    if (step + kPrefetchRows < steps_left) {
-      prefetch(rows[step + kPrefetchRows], column);
-      prefetch(rows[step + kPrefetchRows], column + 16);
-    }
-    const bool zero = rows[step] == nullptr;
-    const float* row = zero ? nullptr : rows[step] + column;
-    const __m512 left = zero ? _mm512_setzero_ps() : load_floats(low, row);
-    store_words(packed, columns, _mm512_castps_si512(left));
-    if (width > 16) _mm512_storeu_ps(packed + 16, zero ? _mm512_setzero_ps() : load_floats(high, row + 16));
-  }
-}
-
 // Sums of sums lose less than one long sum: the error of torch's mm, which also works in blocks.
 constexpr int64_t kStepsPerSum = 512;
 
@@ -255,28 +105,6 @@ void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t
   }
 }
 
-template <typename T>
-void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed) {
-  const auto* bytes = reinterpret_cast<const char* const*>(rows);
-  for (int first = 0; first < width; first += 16) {
-    const auto columns = static_cast<__mmask16>((1u << std::min(16, width - first)) - 1);
-    pack_16_rows(bytes + first, std::max(0, count - first), elements * static_cast<int64_t>(sizeof(T)), steps, width,
-                 columns, packed + first);
-  }
-}
-
-template <typename T>
-void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, uint32_t* packed) {
-  constexpr int64_t kBlockSteps = 16;  // rows that all panels read before the next ones: neighbours in memory
-  for (int64_t step = 0; step < steps; step += kBlockSteps) {
-    for (int64_t panel = 0; panel * width < columns; ++panel) {
-      pack_across_words(rows + step * kPerWord<T>, column + panel * width,
-                        static_cast<int>(std::min<int64_t>(width, columns - panel * width)),
-                        std::min(kBlockSteps, steps - step), steps - step, width, packed + (panel * steps + step) * width);
-    }
-  }
-}
-
 #else  // No instructions for which this layout was made: torch's mm does the work, and none of these is called.
 
 bool tiles_pay(ScalarType) { return false; }
@@ -286,23 +114,9 @@ void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead
   throw std::logic_error("libmoe_fast: tiles are not used on this machine");
 }
 
-template <typename T>
-void pack_along(const T* const*, int, int64_t, int64_t, int, uint32_t*) {
-  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
-}
-
-template <typename T>
-void pack_across(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*) {
-  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
-}
-
 #endif
 
-#define LIBMOE_FAST_INSTANTIATE(T)                                                               \
-  template void multiply_tile<T>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead); \
-  template void pack_along<T>(const T* const*, int, int64_t, int64_t, int, uint32_t*);           \
-  template void pack_across<T>(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*);
-LIBMOE_FAST_INSTANTIATE(float)
-LIBMOE_FAST_INSTANTIATE(BFloat16)
+template void multiply_tile<float>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
+template void multiply_tile<BFloat16>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
 
 }  // namespace libmoe_fast
