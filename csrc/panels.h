@@ -64,7 +64,13 @@ void pack_strip(const ExpertInputs<T>& inputs, const Unit& unit, int64_t strip, 
   pack_along<T>(pointers, rows, width, steps, kTileRows, packed + (unit.strip + strip) * steps * kTileRows);
 }
 
-// Blocks of panels, in chains that one thread does in a row: it fetches a block while it multiplies the one before.
+// Panels [first, last) of a unit, packed and multiplied together.
+struct PanelBlock {
+  int64_t unit, first, last;  // last = first: none
+};
+
+// All panels of all units in blocks, and these in chains, which one thread does in a row: it fetches a block while it
+// multiplies the one before.
 class PanelBlocks {
  public:
   PanelBlocks(int64_t units, int64_t panels, int64_t panel_words)
@@ -74,18 +80,32 @@ class PanelBlocks {
 
   int64_t chains() const { return static_cast<int64_t>(chains_.size()); }
 
-  // Calls body(unit, first, last, end) for the blocks [first, last) of a chain; [last, end) is the next one.
+  // Calls body(block, next, worker) for all blocks. next comes after it, as far as that is known.
   template <typename Body>
-  void run(int64_t chain, const Body& body) const {
+  void for_each(const Body& body) const {
+    for_each_claimed_task(chains(), [&](int64_t chain, int64_t worker, const auto& claim) {
+      run(chain, claim, [&](const PanelBlock& block, const PanelBlock& next) { body(block, next, worker); });
+    });
+  }
+
+  // The same for one chain; claim() returns the chain that comes after it, or -1.
+  template <typename Claim, typename Body>
+  void run(int64_t chain, const Claim& claim, const Body& body) const {
     const Share& share = chains_[chain];
-    const int64_t end = std::min(panels_, share.end * per_block_);
-    for (int64_t first = share.begin * per_block_; first < end; first += per_block_) {
-      body(share.unit, first, std::min(end, first + per_block_), std::min(end, first + 2 * per_block_));
+    for (int64_t i = share.begin; i < share.end; ++i) {
+      body(block(share.unit, i), i + 1 < share.end ? block(share.unit, i + 1) : first_of(claim()));
     }
   }
 
  private:
   static constexpr int64_t kMostChained = 8;
+
+  PanelBlock block(int64_t unit, int64_t number) const {
+    return {unit, number * per_block_, std::min(panels_, (number + 1) * per_block_)};
+  }
+  PanelBlock first_of(int64_t chain) const {
+    return chain < 0 ? PanelBlock{0, 0, 0} : block(chains_[chain].unit, chains_[chain].begin);
+  }
 
   int64_t panels_, per_block_;
   std::vector<Share> chains_;
@@ -105,17 +125,17 @@ struct NextOperand {
   }
 };
 
-// Calls finish(place, strip, panel) for every tile of a unit's rows and the panels [first, last).
+// Calls finish(place, strip, panel) for every tile of a unit's rows and a block of panels, while the next one is fetched.
 template <typename T, typename Finish>
-void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, const uint32_t* right, int64_t first,
-                   int64_t last, int64_t width, float* tile, const Finish& finish, const NextOperand& next) {
-  const int64_t calls = unit.strips * (last - first);
+void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, const uint32_t* right,
+                   const PanelBlock& block, int64_t width, float* tile, const Finish& finish, const NextOperand& next) {
+  const int64_t calls = unit.strips * (block.last - block.first);
   int64_t call = 0;
   for (int64_t strip = 0; strip < unit.strips; ++strip) {
     const int rows = unit.rows_of(strip);
     const uint32_t* strip_left = left + (unit.strip + strip) * steps * kTileRows;
-    for (int64_t panel = first; panel < last; ++panel) {
-      multiply_tile<T>(rows, steps, strip_left, right + (panel - first) * steps * kTileColumns, tile,
+    for (int64_t panel = block.first; panel < block.last; ++panel) {
+      multiply_tile<T>(rows, steps, strip_left, right + (panel - block.first) * steps * kTileColumns, tile,
                        next.during(call++, calls, steps));
       const int64_t column = panel * kTileColumns;
       const TilePlace place{unit.expert, unit.row_of(strip), column, rows, tile_extent(width, column, kTileColumns)};

@@ -21,17 +21,32 @@ void parallel_rows(int64_t rows, int64_t width, const Body& body) {
   torch::stable::parallel_for(0, rows, grain, body);
 }
 
-// Calls body(task, worker) for every task of [0, tasks), worker < get_num_threads(). Threads take the next task when they
-// are free, so one that the system delays does not hold up the others; which thread runs a task must change nothing.
+// Calls body(task, worker, claim) for every task of [0, tasks), worker < get_num_threads(). Threads take the next task when
+// they are free, so one that the system delays does not hold up the others; which thread runs a task must change nothing.
+// claim() takes the next task early, to prepare for it, and returns it; -1 near the end, where another thread would wait.
 template <typename Body>
-void for_each_task(int64_t tasks, const Body& body) {
+void for_each_claimed_task(int64_t tasks, const Body& body) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) body(task, worker);
+      int64_t claimed = -1;
+      const auto claim = [&] {
+        if (claimed < 0 && next.load() < tasks - 2 * workers) claimed = next.fetch_add(1);
+        return claimed;
+      };
+      for (int64_t task = next.fetch_add(1); task < tasks; task = claimed < 0 ? next.fetch_add(1) : claimed) {
+        claimed = -1;
+        body(task, worker, claim);
+      }
     }
   });
+}
+
+// The same for tasks that need no preparation.
+template <typename Body>
+void for_each_task(int64_t tasks, const Body& body) {
+  for_each_claimed_task(tasks, [&](int64_t task, int64_t worker, const auto&) { body(task, worker); });
 }
 
 }  // namespace libmoe_fast

@@ -32,23 +32,32 @@ struct Slice {
 // Tasks of several kinds, taken in this order: no thread waits where one kind ends and the next begins.
 class TaskRound {
  public:
-  using Body = std::function<void(int64_t task, int64_t worker)>;
+  using Claim = std::function<int64_t()>;  // the next task of this kind, or -1 (see for_each_claimed_task)
+  using Body = std::function<void(int64_t task, int64_t worker, const Claim& claim)>;
 
   void add(int64_t tasks, Body body) {
-    kinds_.emplace_back(tasks, std::move(body));
+    kinds_.push_back({tasks_, tasks, std::move(body)});
     tasks_ += tasks;
   }
 
   void run() const {
-    for_each_task(tasks_, [&](int64_t task, int64_t worker) {
+    for_each_claimed_task(tasks_, [&](int64_t task, int64_t worker, const auto& claim) {
       auto kind = kinds_.begin();
-      for (; task >= kind->first; ++kind) task -= kind->first;
-      kind->second(task, worker);
+      while (task >= kind->first + kind->tasks) ++kind;
+      kind->body(task - kind->first, worker, [&] {
+        const int64_t next = claim() - kind->first;
+        return next >= 0 && next < kind->tasks ? next : -1;
+      });
     });
   }
 
  private:
-  std::vector<std::pair<int64_t, Body>> kinds_;
+  struct Kind {
+    int64_t first, tasks;
+    Body body;
+  };
+
+  std::vector<Kind> kinds_;
   int64_t tasks_ = 0;
 };
 
@@ -174,42 +183,45 @@ class Backward {
 
   void hidden_gradients(const Group& group, const Slice& slice) {
     const PanelBlocks blocks(group.units.size(), slice.panels(), dy_steps_ * kTileColumns);
-    for_each_task(blocks.chains(), [&](int64_t chain, int64_t worker) {
-      blocks.run(chain, [&](int64_t number, int64_t begin, int64_t end, int64_t next_end) {
-        const Unit& unit = group.units[number];
-        const int64_t first = slice.first + begin, last = slice.first + end;
-        pack_w2(unit.expert, first, last, worker);
-        float* sums = at<float>(sums_) + number * hidden_panels_ * 2 * kTileColumns;
-        std::fill(sums + first * 2 * kTileColumns, sums + last * 2 * kTileColumns, 0.0f);
-        const NextOperand next = columns_of(in_.w2 + unit.expert * in_.out * in_.hidden, in_.out, in_.hidden, last,
-                                            slice.first + next_end);
-        hidden_gradient_tiles(group, slice, unit, local(worker), first, last, sums, next);
-      });
+    blocks.for_each([&](PanelBlock block, PanelBlock next, int64_t worker) {
+      for (PanelBlock* panels : {&block, &next}) {
+        panels->first += slice.first;
+        panels->last += slice.first;
+      }
+      const Unit& unit = group.units[block.unit];
+      pack_w2(unit.expert, block, worker);
+      float* sums = at<float>(sums_) + block.unit * hidden_panels_ * 2 * kTileColumns;
+      std::fill(sums + block.first * 2 * kTileColumns, sums + block.last * 2 * kTileColumns, 0.0f);
+      const NextOperand ahead = columns_of(w2_of(group.units[next.unit].expert), in_.out, in_.hidden, next);
+      hidden_gradient_tiles(group, slice, block, local(worker), sums, ahead);
     });
   }
 
-  // Panels [first, last) of a matrix [rows, width].
-  static NextOperand columns_of(const T* matrix, int64_t rows, int64_t width, int64_t first, int64_t last) {
+  const T* w2_of(int64_t expert) const { return in_.w2 + expert * in_.out * in_.hidden; }
+
+  // The columns of a matrix [rows, width] that a block is made of.
+  static NextOperand columns_of(const T* matrix, int64_t rows, int64_t width, const PanelBlock& block) {
     constexpr int64_t kSize = sizeof(T);
-    const int64_t begin = first * kTileColumns, end = std::min(width, last * kTileColumns);
+    const int64_t begin = block.first * kTileColumns, end = std::min(width, block.last * kTileColumns);
     return {matrix + begin, rows, width * kSize, std::max<int64_t>(0, end - begin) * kSize};
   }
 
-  void pack_w2(int64_t expert, int64_t first, int64_t last, int64_t worker) {
+  void pack_w2(int64_t expert, const PanelBlock& block, int64_t worker) {
     const T** rows = local_rows(worker);
-    const T* weight = in_.w2 + expert * in_.out * in_.hidden;
+    const T* weight = w2_of(expert);
     for (int64_t i = 0; i < dy_steps_ * kPerWord<T>; ++i) rows[i] = i < in_.out ? weight + i * in_.hidden : nullptr;
-    const int64_t column = first * kTileColumns;
-    pack_across<T>(rows, column, std::min(in_.hidden, last * kTileColumns) - column, dy_steps_, kTileColumns,
+    const int64_t column = block.first * kTileColumns;
+    pack_across<T>(rows, column, std::min(in_.hidden, block.last * kTileColumns) - column, dy_steps_, kTileColumns,
                    local(worker));
   }
 
-  void hidden_gradient_tiles(const Group& group, const Slice& slice, const Unit& unit, const uint32_t* right,
-                             int64_t first, int64_t last, float* sums, const NextOperand& next) {
+  void hidden_gradient_tiles(const Group& group, const Slice& slice, const PanelBlock& block, const uint32_t* right,
+                             float* sums, const NextOperand& next) {
+    const Unit& unit = group.units[block.unit];
     HiddenGradients<T> tile;
     RoundedTile<T> rounded;
     const ExpertSpan& span = span_of(group, unit.expert);
-    multiply_unit<T>(unit, dy_steps_, at<uint32_t>(dys_), right, first, last, in_.hidden, tile.g,
+    multiply_unit<T>(unit, dy_steps_, at<uint32_t>(dys_), right, block, in_.hidden, tile.g,
                      [&](const TilePlace& place, int64_t strip, int64_t panel) {
       float* panel_sums = sums + panel * 2 * kTileColumns;
       tile.finish(in_, place, z_, panel_sums, panel_sums + kTileColumns);
@@ -259,7 +271,8 @@ class Backward {
       }
     }
     if (slice.last == hidden_panels_) {
-      round.add(group.spans.size(), [&](int64_t task, int64_t) { small_gradients(group, group.spans[task]); });
+      round.add(group.spans.size(),
+                [&](int64_t task, int64_t, const auto&) { small_gradients(group, group.spans[task]); });
     }
     round.run();
   }
@@ -267,20 +280,21 @@ class Backward {
   // dxs = dz W1, summed over the slices in float32
   void add_dx(TaskRound& round, const Group& group, const Slice& slice) {
     const PanelBlocks blocks(group.units.size(), in_panels_, dz_steps(slice) * kTileColumns);
-    round.add(blocks.chains(), [this, &group, &slice, blocks](int64_t chain, int64_t worker) {
-      blocks.run(chain, [&](int64_t unit, int64_t first, int64_t last, int64_t end) {
-        dx_tiles(group, slice, group.units[unit], first, last, end, worker);
+    round.add(blocks.chains(), [this, &group, &slice, blocks](int64_t chain, int64_t worker, const auto& claim) {
+      blocks.run(chain, claim, [&](const PanelBlock& block, const PanelBlock& next) {
+        dx_tiles(group, slice, block, next, worker);
       });
     });
   }
 
-  void dx_tiles(const Group& group, const Slice& slice, const Unit& unit, int64_t first, int64_t last, int64_t end,
+  void dx_tiles(const Group& group, const Slice& slice, const PanelBlock& block, const PanelBlock& next,
                 int64_t worker) {
-    pack_w1(unit.expert, slice, first, last, worker);
-    const NextOperand next = columns_of(in_.w1 + (unit.expert * in_.up + slice.begin()) * in_.in,
-                                        slice.columns(in_.hidden), in_.in, last, end);
+    const Unit& unit = group.units[block.unit];
+    pack_w1(unit.expert, slice, block, worker);
+    const T* next_weight = in_.w1 + (group.units[next.unit].expert * in_.up + slice.begin()) * in_.in;
+    const NextOperand ahead = columns_of(next_weight, slice.columns(in_.hidden), in_.in, next);
     alignas(64) float tile[kTileSize];
-    multiply_unit<T>(unit, dz_steps(slice), at<uint32_t>(dz_left_), local(worker), first, last, in_.in, tile,
+    multiply_unit<T>(unit, dz_steps(slice), at<uint32_t>(dz_left_), local(worker), block, in_.in, tile,
                      [&](const TilePlace& place, int64_t, int64_t) {
       float* sums = at<float>(dx_sums_) + (place.row - group.row) * in_.in + place.column;
       if (slice.first > 0) add_tile(tile, sums, in_.in, place.rows, place.columns);
@@ -289,10 +303,10 @@ class Backward {
       } else {
         store_tile<T>(out_.drows + place.row * in_.in + place.column, in_.in, tile, place.rows, place.columns);
       }
-    }, next);
+    }, ahead);
   }
 
-  void pack_w1(int64_t expert, const Slice& slice, int64_t first, int64_t last, int64_t worker) {
+  void pack_w1(int64_t expert, const Slice& slice, const PanelBlock& block, int64_t worker) {
     const T** rows = local_rows(worker);
     const int64_t columns = slice.columns(in_.hidden), padded = slice.panels() * kTileColumns;  // dz is packed in panels
     for (int64_t side = 0; side < sides_; ++side, rows += padded) {
@@ -300,8 +314,8 @@ class Backward {
       for (int64_t i = 0; i < columns; ++i) rows[i] = weight + i * in_.in;
       std::fill(rows + columns, rows + padded, nullptr);
     }
-    const int64_t column = first * kTileColumns;
-    pack_across<T>(local_rows(worker), column, std::min(in_.in, last * kTileColumns) - column, dz_steps(slice),
+    const int64_t column = block.first * kTileColumns;
+    pack_across<T>(local_rows(worker), column, std::min(in_.in, block.last * kTileColumns) - column, dz_steps(slice),
                    kTileColumns, local(worker));
   }
 
@@ -326,7 +340,7 @@ class Backward {
     for (const ExpertSpan& span : group.spans) longest = std::max(longest, span_steps(span));
     const std::vector<Share> shares =
         share_out(group.spans.size(), divide_up(gradient.height, kTileRows), cached_panels(longest * kTileRows));
-    round.add(shares.size(), [this, &group, gradient, shares](int64_t task, int64_t worker) {
+    round.add(shares.size(), [this, &group, gradient, shares](int64_t task, int64_t worker, const auto&) {
       const Share& share = shares[task];
       weight_tiles(group.spans[share.unit], gradient, share.begin, share.end, worker);
     });

@@ -62,54 +62,49 @@ class Forward {
     });
   }
 
-  // The rows of a weight that panels [first, last) are made of: they follow each other.
-  static NextOperand rows_of(const T* weight, int64_t rows, int64_t width, int64_t first, int64_t last) {
+  // The rows of a weight that a block is made of: they follow each other.
+  static NextOperand rows_of(const T* weight, int64_t rows, int64_t width, const PanelBlock& block) {
     constexpr int64_t kLine = 64;
-    const int64_t begin = std::min(rows, first * kTileColumns), end = std::min(rows, last * kTileColumns);
+    const int64_t begin = std::min(rows, block.first * kTileColumns), end = std::min(rows, block.last * kTileColumns);
     const int64_t bytes = (end - begin) * width * static_cast<int64_t>(sizeof(T));
     return {weight + begin * width, bytes / kLine, kLine, kLine};
   }
 
-  template <typename Body>
-  static void for_each_block(const Group& group, int64_t panels, int64_t panel_words, const Body& body) {
-    const PanelBlocks blocks(group.units.size(), panels, panel_words);
-    for_each_task(blocks.chains(), [&](int64_t chain, int64_t worker) {
-      blocks.run(chain, [&](int64_t unit, int64_t first, int64_t last, int64_t end) {
-        body(group.units[unit], first, last, end, worker);
-      });
-    });
-  }
+  const T* w1_of(const Unit& unit) const { return in_.w1 + unit.expert * in_.up * in_.in; }
+  const T* w2_of(const Unit& unit) const { return in_.w2 + unit.expert * in_.out * in_.hidden; }
 
   void hidden_layer(const Group& group) {
     const int64_t panel_words = in_steps_ * kTileColumns, sides = in_.gated ? 2 : 1;
-    for_each_block(group, panels_of(in_.hidden), panel_words * sides,
-                   [&](const Unit& unit, int64_t first, int64_t last, int64_t end, int64_t worker) {
+    const PanelBlocks blocks(group.units.size(), panels_of(in_.hidden), panel_words * sides);
+    blocks.for_each([&](const PanelBlock& block, const PanelBlock& next, int64_t worker) {
+      const Unit& unit = group.units[block.unit];
       uint32_t* gate_right = local(worker);
-      uint32_t* up_right = gate_right + (last - first) * panel_words;
-      const T* weight = in_.w1 + unit.expert * in_.up * in_.in;
-      for (int64_t panel = first; panel < last; ++panel) {
-        const int64_t row = panel * kTileColumns, offset = (panel - first) * panel_words;
+      uint32_t* up_right = gate_right + (block.last - block.first) * panel_words;
+      const T* weight = w1_of(unit);
+      for (int64_t panel = block.first; panel < block.last; ++panel) {
+        const int64_t row = panel * kTileColumns, offset = (panel - block.first) * panel_words;
         pack_weight_rows(weight, in_.hidden, in_.in, row, in_steps_, gate_right + offset);
         if (in_.gated) {
           pack_weight_rows(weight + in_.hidden * in_.in, in_.hidden, in_.in, row, in_steps_, up_right + offset);
         }
       }
-      hidden_tiles(unit, gate_right, up_right, first, last, rows_of(weight, in_.hidden, in_.in, last, end));
+      const NextOperand ahead = rows_of(w1_of(group.units[next.unit]), in_.hidden, in_.in, next);
+      hidden_tiles(unit, gate_right, up_right, block, ahead);
     });
   }
 
-  void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, int64_t first, int64_t last,
+  void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, const PanelBlock& block,
                     const NextOperand& next) {
     alignas(64) float gate[kTileSize], up[kTileSize], value[kTileSize];
     RoundedTile<T> rounded;
     const auto* tokens = scratch_.template at<uint32_t>(tokens_);
     auto* activations = scratch_.template at<uint32_t>(activations_);
-    multiply_unit<T>(unit, in_steps_, tokens, gate_right, first, last, in_.hidden, gate,
+    multiply_unit<T>(unit, in_steps_, tokens, gate_right, block, in_.hidden, gate,
                      [&](const TilePlace& place, int64_t strip, int64_t panel) {
       const int64_t number = unit.strip + strip;
       if (in_.gated) {
         multiply_tile<T>(place.rows, in_steps_, tokens + number * in_steps_ * kTileRows,
-                         up_right + (panel - first) * in_steps_ * kTileColumns, up);
+                         up_right + (panel - block.first) * in_steps_ * kTileColumns, up);
       }
       finish_hidden<T>(in_, place, z_, gate, up, value);
       rounded.set(value, place.rows);
@@ -120,24 +115,24 @@ class Forward {
 
   void output_layer(const Group& group) {
     const int64_t panel_words = hidden_steps_ * kTileColumns;
-    for_each_block(group, panels_of(in_.out), panel_words,
-                   [&](const Unit& unit, int64_t first, int64_t last, int64_t end, int64_t worker) {
+    const PanelBlocks blocks(group.units.size(), panels_of(in_.out), panel_words);
+    blocks.for_each([&](const PanelBlock& block, const PanelBlock& next, int64_t worker) {
+      const Unit& unit = group.units[block.unit];
       uint32_t* right = local(worker);
-      const T* weight = in_.w2 + unit.expert * in_.out * in_.hidden;
-      for (int64_t panel = first; panel < last; ++panel) {
-        pack_weight_rows(weight, in_.out, in_.hidden, panel * kTileColumns, hidden_steps_,
-                         right + (panel - first) * panel_words);
+      for (int64_t panel = block.first; panel < block.last; ++panel) {
+        pack_weight_rows(w2_of(unit), in_.out, in_.hidden, panel * kTileColumns, hidden_steps_,
+                         right + (panel - block.first) * panel_words);
       }
-      output_tiles(unit, right, first, last, rows_of(weight, in_.out, in_.hidden, last, end));
+      output_tiles(unit, right, block, rows_of(w2_of(group.units[next.unit]), in_.out, in_.hidden, next));
     });
   }
 
-  void output_tiles(const Unit& unit, const uint32_t* right, int64_t first, int64_t last, const NextOperand& next) {
+  void output_tiles(const Unit& unit, const uint32_t* right, const PanelBlock& block, const NextOperand& next) {
     alignas(64) float tile[kTileSize];
     T* outputs = scratch_.template at<T>(outputs_);
     const T* bias = in_.second_bias(unit.expert);
     const auto* activations = scratch_.template at<uint32_t>(activations_);
-    multiply_unit<T>(unit, hidden_steps_, activations, right, first, last, in_.out, tile,
+    multiply_unit<T>(unit, hidden_steps_, activations, right, block, in_.out, tile,
                      [&](const TilePlace& place, int64_t, int64_t) {
       if (bias != nullptr) add_bias<T>(tile, bias + place.column, place.rows, place.columns);
       store_tile<T>(outputs + place.row * in_.out + place.column, in_.out, tile, place.rows, place.columns);
