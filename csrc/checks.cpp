@@ -1,11 +1,10 @@
 #include "checks.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "parallel.h"
+#include "tensors.h"
 
 namespace libmoe_fast {
 
@@ -118,7 +117,7 @@ std::optional<Tensor> ArgumentCheck::weights(const std::optional<Tensor>& weight
   shape(*weights, "weights", "[T, top_k]", {tokens, top_k});
   if (weights->scalar_type() != ScalarType::Float) same_dtype(*weights, "weights", rows, rows_name);
   // [T, K] is small beside the rows, so widening it here keeps one kernel per row dtype instead of one per pair.
-  return torch::stable::contiguous(torch::stable::to(*weights, accumulator_dtype(rows.scalar_type())));
+  return as_contiguous(with_dtype(*weights, accumulator_dtype(rows.scalar_type())));
 }
 
 }  // namespace libmoe_fast

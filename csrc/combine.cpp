@@ -1,6 +1,4 @@
 // weighted_scatter: each token's K expert outputs, weighted and summed. row_dot: the gradient of those weights.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "checks.h"
@@ -8,6 +6,8 @@
 #include "ops.h"
 #include "parallel.h"
 #include "rows.h"
+#include "scratch.h"
+#include "tensors.h"
 
 namespace libmoe_fast {
 
@@ -64,11 +64,11 @@ Tensor weighted_scatter(const Tensor& y, const Tensor& inverse, int64_t top_k, c
   check.floating(y, "y");
   const int64_t width = y.size(1);
   const std::optional<Tensor> gate = check.weights(weights, tokens, top_k, y, "y");  // [T, K]
-  const Tensor source = torch::stable::contiguous(y);
-  const Tensor positions = torch::stable::contiguous(inverse);
+  const Tensor source = as_contiguous(y);
+  const Tensor positions = as_contiguous(inverse);
   check.entries(positions, "inverse", rows);
 
-  Tensor out = torch::stable::new_empty(source, {tokens, width});  // [T, O]
+  Tensor out = new_tensor({tokens, width}, source.scalar_type());  // [T, O]
   dispatch_row_dtype(y.scalar_type(), [&]<typename T>() {
     combine_rows<T>(source.const_data_ptr<T>(), positions.const_data_ptr<int64_t>(),
                     gate ? gate->const_data_ptr<Accumulator<T>>() : nullptr, out.mutable_data_ptr<T>(), tokens, width,
@@ -89,12 +89,12 @@ Tensor row_dot(const Tensor& a, const Tensor& b, const Tensor& inverse, int64_t 
   check.choices(rows, "inverse", tokens, top_k);
   check.shape(a, "a", "[T*top_k, O]", {rows, width});
   check.same_dtype(a, "a", b, "b");
-  const Tensor left = torch::stable::contiguous(a);
-  const Tensor right = torch::stable::contiguous(b);
-  const Tensor positions = torch::stable::contiguous(inverse);
+  const Tensor left = as_contiguous(a);
+  const Tensor right = as_contiguous(b);
+  const Tensor positions = as_contiguous(inverse);
   check.entries(positions, "inverse", rows);
 
-  Tensor out = torch::stable::new_empty(left, {tokens, top_k}, accumulator_dtype(a.scalar_type()));  // [T, K]
+  Tensor out = new_tensor({tokens, top_k}, accumulator_dtype(a.scalar_type()));  // [T, K]
   dispatch_row_dtype(a.scalar_type(), [&]<typename T>() {
     dot_rows<T>(left.const_data_ptr<T>(), right.const_data_ptr<T>(), positions.const_data_ptr<int64_t>(),
                 out.mutable_data_ptr<Accumulator<T>>(), tokens, width, top_k);

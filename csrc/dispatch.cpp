@@ -12,13 +12,30 @@
 #include "permute.h"
 #include "router_spec.h"
 #include "routing.h"
+#include "rows.h"
 #include "scratch.h"
+#include "tensors.h"
 
 namespace libmoe_fast {
 
 namespace {
 
 using Optional = std::optional<Tensor>;
+
+// Contiguous, in `dtype`. The router's tensors are small: converting them takes less than to look up who could.
+Tensor converted(const Tensor& tensor, ScalarType dtype) {
+  const Tensor given = as_contiguous(tensor);
+  if (given.scalar_type() == dtype) return given;
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < given.dim(); ++d) sizes.push_back(given.size(d));
+  Tensor result = new_tensor(sizes, dtype);
+  dispatch_row_dtype(given.scalar_type(), [&]<typename From>() {
+    dispatch_row_dtype(dtype, [&]<typename To>() {
+      convert_row<From, To>(result.mutable_data_ptr<To>(), given.const_data_ptr<From>(), given.numel());
+    });
+  });
+  return result;
+}
 
 // The router's tensors, checked, in the dtype that routing computes in; held as long as pointers into them are used.
 class RouterTensors {
@@ -31,7 +48,7 @@ class RouterTensors {
     check.floating(x, "x");
     check.between(x.size(1), "D", 1, INT64_MAX);
     real_ = accumulator_dtype(x.scalar_type());
-    x_ = torch::stable::contiguous(x);
+    x_ = as_contiguous(x);
     weight_ = real(check, weight, "weight", "[N, D]", {spec.experts, x.size(1)});
     const bool has_bias = spec.bias != RouterSpec::Bias::kNone;
     if (has_bias != bias.has_value()) check.fail("expected ", has_bias ? "a" : "no", " `bias`, as `spec` says");
@@ -71,7 +88,7 @@ class RouterTensors {
               std::initializer_list<int64_t> sizes) const {
     check.shape(tensor, name, letters, sizes);
     check.floating(tensor, name);
-    return torch::stable::contiguous(torch::stable::to(tensor, real_));
+    return converted(tensor, real_);
   }
 
   double temperature_;
@@ -91,7 +108,7 @@ class RoutedTensors {
     const ScalarType real = accumulator_dtype(x.scalar_type());
     const std::vector<std::vector<int64_t>> sizes{{T, K}, {T, K}, {T, N}, {T, N}, {T}, {N}, {T, N}, {T, N}};
     for (int i = 0; i < kCount; ++i) {
-      if (present_[i]) tensors_.push_back(torch::stable::new_empty(x, sizes[i], i == kIndex ? ScalarType::Long : real));
+      if (present_[i]) tensors_.push_back(new_tensor(sizes[i], i == kIndex ? ScalarType::Long : real));
     }
   }
 
@@ -203,11 +220,11 @@ std::vector<Tensor> cpu_dispatch(const Tensor& x, const Tensor& weight, const Op
   check_sequences(check, sequences, x.size(0));
   const int64_t choices = x.size(0) * spec.top_k, N = spec.experts;
   const RoutedTensors routed(spec, x, noise.has_value());
-  const auto integers = [&](int64_t size) { return torch::stable::new_empty(x, {size}, ScalarType::Long); };
+  const auto integers = [&](int64_t size) { return new_tensor({size}, ScalarType::Long); };
   Tensor order = integers(choices), inverse = integers(choices), offsets = integers(N + 1);
-  Tensor losses = torch::stable::new_empty(x, {3}, router.real());
-  Tensor share = torch::stable::new_empty(x, {N}, router.real());
-  Tensor first_share = torch::stable::new_empty(x, {sequences, N}, router.real());
+  Tensor losses = new_tensor({3}, router.real());
+  Tensor share = new_tensor({N}, router.real());
+  Tensor first_share = new_tensor({sequences, N}, router.real());
   dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
     using Real = Accumulator<T>;
     const RouterInputs<T> inputs = router.inputs<T>(sequences);
@@ -237,43 +254,43 @@ std::vector<Tensor> cpu_dispatch_backward(const Optional& drows, const Tensor& d
   const RouterTensors router(check, spec, x, weight, bias, noise, noise_weight, learned_temperature, temperature);
   const RoutedTensors kept(check, spec, x, noise.has_value(), routed);
   const int64_t tokens = x.size(0), choices = tokens * spec.top_k;
-  const auto real = [&](const Tensor& tensor) {
-    return torch::stable::contiguous(torch::stable::to(tensor, router.real()));
-  };
+  const auto real = [&](const Tensor& tensor) { return converted(tensor, router.real()); };
   check.shape(first_share, "first_share", "[sequences, N]", {-1, spec.experts});
+  check.floating(first_share, "first_share");
   const int64_t sequences = first_share.size(0);
   check_sequences(check, sequences, tokens);
   check.shape(dweights, "dweights", "[T, K]", {tokens, spec.top_k});
+  check.floating(dweights, "dweights");
   check.shape(inverse, "inverse", "[T*K]", {choices});
   check.int64(inverse, "inverse");
-  const Tensor places = torch::stable::contiguous(inverse);
+  const Tensor places = as_contiguous(inverse);
   check.entries(places, "inverse", choices);
   Optional dxs, loss_gradients, scale;
   if (drows.has_value()) {
     check.shape(*drows, "drows", "[T*K, D]", {choices, x.size(1)});
     check.same_dtype(*drows, "drows", x, "x");
-    dxs = torch::stable::contiguous(*drows);
+    dxs = as_contiguous(*drows);
   }
   if (dlosses.has_value()) {
     check.shape(*dlosses, "dlosses", "[3]", {3});
+    check.floating(*dlosses, "dlosses");
     loss_gradients = real(*dlosses);
   }
   if (aux_scale.has_value()) {
     check.shape(*aux_scale, "aux_scale", "[]", {});
+    check.floating(*aux_scale, "aux_scale");
     scale = real(*aux_scale);
   }
   const Tensor gate_gradients = real(dweights), share = real(first_share);
 
-  Tensor dx = new_tensor(x, {tokens, x.size(1)});
-  const auto like = [&](const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-    return torch::stable::new_empty(tensor, sizes, router.real());
-  };
+  Tensor dx = new_tensor({tokens, x.size(1)}, x.scalar_type());
+  const auto gradient = [&](const std::vector<int64_t>& sizes) { return new_tensor(sizes, router.real()); };
   const bool learned_noise = noise.has_value() && spec.noise == RouterSpec::Noise::kLearned;
-  Tensor dweight = like(weight, {weight.size(0), weight.size(1)});
+  Tensor dweight = gradient({weight.size(0), weight.size(1)});
   Optional dbias, dnoise_weight, dtemperature;
-  if (bias.has_value()) dbias = like(*bias, {spec.experts});
-  if (learned_noise) dnoise_weight = like(*noise_weight, {weight.size(0), weight.size(1)});
-  if (learned_temperature.has_value()) dtemperature = like(*learned_temperature, {});
+  if (bias.has_value()) dbias = gradient({spec.experts});
+  if (learned_noise) dnoise_weight = gradient({weight.size(0), weight.size(1)});
+  if (learned_temperature.has_value()) dtemperature = gradient({});
   dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
     using Real = Accumulator<T>;
     const auto pointer = [](Optional& tensor) {
@@ -298,10 +315,10 @@ std::vector<Tensor> cpu_dispatch_backward(const Optional& drows, const Tensor& d
     const RouterInputs<T> inputs = router.inputs<T>(sequences);
     route_tokens_backward<T>(spec, inputs, kept.pointers<const Real>(), upstream, gradients);
   });
-  std::vector<Tensor> results{dx, torch::stable::to(dweight, weight.scalar_type())};
-  if (dbias) results.push_back(torch::stable::to(*dbias, bias->scalar_type()));
-  if (dnoise_weight) results.push_back(torch::stable::to(*dnoise_weight, noise_weight->scalar_type()));
-  if (dtemperature) results.push_back(torch::stable::to(*dtemperature, learned_temperature->scalar_type()));
+  std::vector<Tensor> results{dx, converted(dweight, weight.scalar_type())};
+  if (dbias) results.push_back(converted(*dbias, bias->scalar_type()));
+  if (dnoise_weight) results.push_back(converted(*dnoise_weight, noise_weight->scalar_type()));
+  if (dtemperature) results.push_back(converted(*dtemperature, learned_temperature->scalar_type()));
   return results;
 }
 

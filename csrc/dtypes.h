@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -21,6 +22,11 @@ using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>
 
 inline ScalarType accumulator_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline size_t element_size(ScalarType dtype) {
+  if (dtype == ScalarType::Long || dtype == ScalarType::Double) return 8;
+  return dtype == ScalarType::Float ? 4 : 2;
 }
 
 inline bool is_row_dtype(ScalarType dtype) {

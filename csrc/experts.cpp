@@ -1,8 +1,6 @@
 // cpu_experts and cpu_experts_backward: arguments checked, results allocated, one of the two ways chosen.
 #include "experts.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <string>
 #include <type_traits>
@@ -11,6 +9,7 @@
 #include "checks.h"
 #include "ops.h"
 #include "scratch.h"
+#include "tensors.h"
 #include "tile_gemm.h"
 
 namespace libmoe_fast {
@@ -22,11 +21,6 @@ struct ExpertTensors {
   Tensor x, weights, order, inverse, offsets, w1, w2;
   std::optional<Tensor> b1, b2;
 };
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  if (!tensor.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
-}
 
 // The arguments that forward and backward share, checked.
 class ExpertArguments {
@@ -52,15 +46,15 @@ class ExpertArguments {
     if (!find_activation(activation, activation_)) {
       check.fail("expected `activation` gelu, gelu_pytorch_tanh, quick_gelu, relu or silu, got ", activation);
     }
-    held_ = {torch::stable::contiguous(x),
+    held_ = {as_contiguous(x),
              *check.weights(given.weights, x.size(0), given.weights.size(1), x, "x"),
              permutation(check, given.order, "order"),
              permutation(check, given.inverse, "inverse"),
              row_bounds(check, given.offsets, experts),
-             torch::stable::contiguous(w1),
-             torch::stable::contiguous(w2),
-             contiguous(given.b1),
-             contiguous(given.b2)};
+             as_contiguous(w1),
+             as_contiguous(w2),
+             as_contiguous(given.b1),
+             as_contiguous(given.b2)};
     check_permutation(check);
   }
 
@@ -105,14 +99,14 @@ class ExpertArguments {
   static Tensor permutation(const ArgumentCheck& check, const Tensor& given, const char* name) {
     check.shape(given, name, "[T*top_k]", {-1});
     check.int64(given, name);
-    return torch::stable::contiguous(given);
+    return as_contiguous(given);
   }
 
   // Offsets decide where rows are read and written, so they are checked like an index.
   static Tensor row_bounds(const ArgumentCheck& check, const Tensor& given, int64_t experts) {
     check.shape(given, "offsets", "[N+1]", {experts + 1});
     check.int64(given, "offsets");
-    return torch::stable::contiguous(given);
+    return as_contiguous(given);
   }
 
   void check_permutation(const ArgumentCheck& check) const {
@@ -159,8 +153,8 @@ std::tuple<Tensor, Tensor> cpu_experts(const Tensor& x, const std::optional<Tens
                                        bool store_z) {
   const ArgumentCheck check("cpu_experts");
   const ExpertArguments arguments(check, {x, weights, order, inverse, offsets, w1, w2, b1, b2}, activation, gated);
-  Tensor y = new_tensor(x, {x.size(0), w2.size(1)});                          // [T, O]
-  Tensor z = new_tensor(x, {store_z ? arguments.choices() : 0, w1.size(1)});  // [T*K, H or 2H]
+  Tensor y = new_tensor({x.size(0), w2.size(1)}, x.scalar_type());                          // [T, O]
+  Tensor z = new_tensor({store_z ? arguments.choices() : 0, w1.size(1)}, x.scalar_type());  // [T*K, H or 2H]
   dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
     const ExpertInputs<T> inputs = arguments.inputs<T>();
     T* kept = store_z ? z.mutable_data_ptr<T>() : nullptr;
@@ -184,14 +178,15 @@ std::vector<Tensor> cpu_experts_backward(const Tensor& dy, const Tensor& x, cons
   check.same_dtype(dy, "dy", x, "x");
   check.shape(z, "z", "[T*top_k, H], gated [T*top_k, 2H]", {arguments.choices(), w1.size(1)});
   check.same_dtype(z, "z", x, "x");
-  const Tensor grad = torch::stable::contiguous(dy), hidden = torch::stable::contiguous(z);
+  const Tensor grad = as_contiguous(dy), hidden = as_contiguous(z);
   const ExpertTensors& tensors = arguments.tensors();
 
   const auto like = [](const Tensor& tensor) {
-    return tensor.dim() == 2 ? new_tensor(tensor, {tensor.size(0), tensor.size(1)})
-                             : new_tensor(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
+    std::vector<int64_t> sizes;
+    for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
+    return new_tensor(sizes, tensor.scalar_type());
   };
-  Tensor drows = new_tensor(x, {arguments.choices(), x.size(1)}), dweights = like(tensors.weights);
+  Tensor drows = new_tensor({arguments.choices(), x.size(1)}, x.scalar_type()), dweights = like(tensors.weights);
   std::optional<Tensor> dw1, db1, dw2, db2;
   if (weight_grads) {
     dw1 = like(tensors.w1);
@@ -220,11 +215,11 @@ std::vector<Tensor> cpu_experts_backward(const Tensor& dy, const Tensor& x, cons
     }
     if (!in_tiles) backward_with_mm<T>(inputs, dy_rows, z_rows, gradients);
     if (!sum_over_k) return;
-    results[0] = new_tensor(x, {x.size(0), x.size(1)});  // dx [T, D]
+    results[0] = new_tensor({x.size(0), x.size(1)}, x.scalar_type());  // dx [T, D]
     combine_rows<T>(drows.const_data_ptr<T>(), inputs.inverse, nullptr, results[0].mutable_data_ptr<T>(),
                     inputs.tokens, inputs.in, inputs.top_k);
   });
-  results.push_back(torch::stable::to(dweights, weights.scalar_type()));
+  results.push_back(with_dtype(dweights, weights.scalar_type()));
   for (const std::optional<Tensor>& gradient : {dw1, db1, dw2, db2}) {
     if (gradient.has_value()) results.push_back(*gradient);
   }

@@ -1,12 +1,12 @@
 // gather: the rows of x in expert order, optionally times their gate weight.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "checks.h"
 #include "ops.h"
 #include "parallel.h"
 #include "rows.h"
+#include "scratch.h"
+#include "tensors.h"
 
 namespace libmoe_fast {
 
@@ -39,11 +39,11 @@ Tensor gather(const Tensor& x, const Tensor& order, int64_t top_k, const std::op
   const int64_t tokens = x.size(0), width = x.size(1), rows = order.size(0);
   check.choices(rows, "order", tokens, top_k);
   const std::optional<Tensor> gate = check.weights(weights, tokens, top_k, x, "x");  // [T, K]
-  const Tensor source = torch::stable::contiguous(x);
-  const Tensor positions = torch::stable::contiguous(order);
+  const Tensor source = as_contiguous(x);
+  const Tensor positions = as_contiguous(order);
   check.entries(positions, "order", rows);
 
-  Tensor out = torch::stable::new_empty(source, {rows, width});  // [T*K, D]
+  Tensor out = new_tensor({rows, width}, source.scalar_type());  // [T*K, D]
   dispatch_row_dtype(x.scalar_type(), [&]<typename T>() {
     gather_rows<T>(source.const_data_ptr<T>(), positions.const_data_ptr<int64_t>(),
                    gate ? gate->const_data_ptr<Accumulator<T>>() : nullptr, out.mutable_data_ptr<T>(), rows, width,

@@ -8,6 +8,8 @@
 #include "checks.h"
 #include "ops.h"
 #include "parallel.h"
+#include "scratch.h"
+#include "tensors.h"
 
 namespace libmoe_fast {
 
@@ -88,13 +90,13 @@ std::tuple<Tensor, Tensor, Tensor> permute_index(const Tensor& index, int64_t nu
   check.between(num_experts, "num_experts", 1, INT32_MAX);
   check.shape(index, "index", "[T, K]", {-1, -1});
   check.int64(index, "index");
-  const Tensor experts = torch::stable::contiguous(index);
+  const Tensor experts = as_contiguous(index);
   check.entries(experts, "index", num_experts);
 
   const int64_t choices = experts.numel();
-  Tensor order = torch::stable::new_empty(experts, {choices});    // [T*K]
-  Tensor inverse = torch::stable::new_empty(experts, {choices});  // [T*K]
-  Tensor offsets = torch::stable::new_empty(experts, {num_experts + 1});  // [N+1]
+  Tensor order = new_tensor({choices}, ScalarType::Long);    // [T*K]
+  Tensor inverse = new_tensor({choices}, ScalarType::Long);  // [T*K]
+  Tensor offsets = new_tensor({num_experts + 1}, ScalarType::Long);  // [N+1]
   sort_choices(experts.const_data_ptr<int64_t>(), choices, num_experts, order.mutable_data_ptr<int64_t>(),
                inverse.mutable_data_ptr<int64_t>(), offsets.mutable_data_ptr<int64_t>());
   return {order, inverse, offsets};

@@ -35,6 +35,12 @@ inline __attribute__((always_inline)) Real sum_in_halves(const Real* values) {
   }
 }
 
+// out = row, in another type
+template <typename From, typename To>
+LIBMOE_FAST_ROW void convert_row(To* __restrict__ out, const From* __restrict__ row, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) out[i] = static_cast<To>(static_cast<Accumulator<From>>(row[i]));
+}
+
 // out = weight * row
 template <typename T>
 LIBMOE_FAST_ROW void scale_row(T* __restrict__ out, const T* __restrict__ row, Accumulator<T> weight, int64_t width) {

@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
-#include <numeric>
 #include <unordered_map>
 #include <vector>
 
@@ -142,16 +141,23 @@ Scratch::Scratch(const ScratchPlan& plan) : data_(cache().take_scratch(plan.byte
 
 Scratch::~Scratch() { cache().give_back_scratch(data_); }
 
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  const int64_t count = std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
-  const size_t bytes = static_cast<size_t>(count) * static_cast<size_t>(like.element_size());
-  if (bytes < kSmallestTensor) return torch::stable::new_empty(like, sizes);
+Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
-  int64_t stride = count;
-  for (size_t d = 0; d < strides.size(); ++d) strides[d] = stride /= sizes.begin()[d];
+  int64_t count = 1;
+  for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) strides[d] = std::max<int64_t>(1, count);
+  const size_t bytes = static_cast<size_t>(count) * element_size(dtype);
+  if (bytes < kSmallestTensor) {
+    AtenTensorHandle tensor = nullptr;
+    const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));  // torch's own number
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                           strides.data(), code, aoti_torch_device_type_cpu(), 0,
+                                                           &tensor));
+    return Tensor(tensor);
+  }
   char* data = cache().take(bytes);
   allow(data, bytes);
-  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), &give_back);
+  const torch::stable::Device cpu(torch::stable::DeviceType::CPU);
+  return torch::stable::from_blob(data, sizes, strides, cpu, dtype, &give_back);
 }
 
 }  // namespace libmoe_fast

@@ -8,8 +8,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <vector>
+
+#include "dtypes.h"
 
 namespace libmoe_fast {
 
@@ -54,7 +55,7 @@ class Scratch {
   char* data_;
 };
 
-// An uninitialised contiguous CPU tensor with the dtype of `like`; a large one comes from the kept blocks.
-torch::stable::Tensor new_tensor(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes);
+// An uninitialised contiguous CPU tensor; a large one comes from the kept blocks.
+torch::stable::Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
 
 }  // namespace libmoe_fast
