@@ -36,14 +36,14 @@ _triton_installed = importlib.util.find_spec("triton") is not None
 
 def available_backends() -> dict[str, str | None]:
     """Every backend -> None where it works here, else what is missing and how to get it."""
-    return {
-        "reference": None,
-        "cpu": None if _extension.loaded else f"{_extension.reason}; {_extension.hint}",
-        "triton": _triton_missing(),
-    }
+    return {name: _missing(name) for name in BACKENDS}
 
 
-def _triton_missing() -> str | None:
+def _missing(backend: str) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return None if _extension.loaded else f"{_extension.reason}; {_extension.hint}"
     if not _triton_installed:
         return "triton is not installed; pip install triton"
     if interpreted() or torch.cuda.is_available():
@@ -66,9 +66,9 @@ def choose_backend(requested: str | None, device: torch.device, dtype: torch.dty
         return "triton" if fused else "reference"
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    if reason := available_backends()[name]:
+    if reason := _missing(name):
         raise BackendError(f"backend {name!r} is not usable here: {reason}")
-    here = {"reference": device.type, "cpu": "cpu", "triton": "cpu" if interpreted() else "cuda"}[name]
+    here = device.type if name == "reference" else "cpu" if name == "cpu" or interpreted() else "cuda"
     if device.type not in (here, "meta"):
         raise BackendError(
             f"backend {name!r} was asked for, but the tokens are on {device}; move them, or choose another"

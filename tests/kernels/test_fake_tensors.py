@@ -37,7 +37,7 @@ class OnlyOnTheGpu(TorchDispatchMode):
 def fake_gpu(monkeypatch):
     """Fake CUDA tensors, which the triton backend takes for real ones."""
     monkeypatch.setattr(ops, "interpreted", lambda: False)
-    monkeypatch.setattr(ops, "_triton_missing", lambda: None)
+    monkeypatch.setattr(ops, "_missing", lambda backend: None)
     with FakeTensorMode():
         yield
 
