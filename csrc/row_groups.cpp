@@ -33,7 +33,7 @@ void append_rows(Group& group, int64_t expert, int64_t row, int64_t rows, int64_
   }
   group.rows += rows;
   group.strips += strips;
-  group.padded_rows += strips * height;
+  group.padded_rows += group.spans.back().padded_rows();
 }
 
 }  // namespace

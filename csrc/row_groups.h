@@ -29,9 +29,10 @@ struct ExpertSpan {
   int64_t expert, row, rows;
   int height;
   int64_t strips;
-  int64_t padded_row;  // rows of earlier spans of the group, each padded to whole strips
+  int64_t padded_row;  // padded rows of earlier spans of the group
 
-  int64_t padded_rows() const { return strips * height; }
+  // Rows in sums over them: an even number, as bf16 words hold two.
+  int64_t padded_rows() const { return divide_up(rows, 2) * 2; }
 };
 
 struct Group {

@@ -20,6 +20,9 @@ constexpr int64_t kSliceBytes = int64_t{6} << 20, kMostSlices = 4;
 constexpr int64_t kStripPanels = 7;
 static_assert(kStripPanels * kTileColumns % kTileRows == 0);
 
+// Of the sum of a weight gradient over an expert's rows, done at a time: their panels stay in the second-level cache.
+constexpr int64_t kMostRowSteps = 1024;
+
 // Hidden panels [first, last).
 struct Slice {
   int64_t first, last;
@@ -128,8 +131,11 @@ class Backward {
     x_rows_ = plan.add<const T*>(padded);
     dz_rows_ = plan.add<const T*>(padded);
     const int64_t weight_words = local_words(std::max(dy_steps_, most_steps), kTileColumns);
-    local_stride_ = std::max(weight_words, local_words(padded / kPerWord<T>, kTileRows));
+    local_stride_ = std::max(weight_words, local_words(std::min(kMostRowSteps, padded / kPerWord<T>), kTileRows));
     local_ = plan.add<uint32_t>(local_stride_ * workers);
+    const bool in_parts = weight_grads() && padded / kPerWord<T> > kMostRowSteps;
+    tile_sums_stride_ = in_parts ? kMostPanels * std::max(in_panels_, slice_panels_) * kTileSize : 0;
+    tile_sums_ = plan.add<float>(tile_sums_stride_ * workers);
     local_rows_stride_ = std::max(dy_steps_, most_steps) * kPerWord<T>;
     local_rows_ = plan.add<const T*>(local_rows_stride_ * workers);
     return plan;
@@ -230,10 +236,11 @@ class Backward {
       if (in_.gated) keep_dz(group, slice, place, unit.strip + strip, panel, 1, tile.up, rounded);
       if (!weight_grads()) return;
       rounded.set(tile.value, place.rows);
-      const int64_t steps = unit.height / kPerWord<T>, place_in_slice = (panel - slice.first) * span_steps(span);
+      const int64_t steps = divide_up(place.rows, 2) * 2 / kPerWord<T>;
+      const int64_t steps_before = (panel - slice.first) * span_steps(span) +
+                                   (unit.expert_strip + strip) * unit.height / kPerWord<T>;
       pack_across<T>(rounded.rows, 0, kTileColumns, steps, kTileColumns,
-                     right_of(a_right_, span, slice.panels()) +
-                         (place_in_slice + (unit.expert_strip + strip) * steps) * kTileColumns);
+                     right_of(a_right_, span, slice.panels()) + steps_before * kTileColumns);
     }, next);
   }
 
@@ -338,34 +345,54 @@ class Backward {
   void add_weight_gradient(TaskRound& round, const Group& group, const WeightGradient& gradient) {
     int64_t longest = 0;
     for (const ExpertSpan& span : group.spans) longest = std::max(longest, span_steps(span));
-    const std::vector<Share> shares =
-        share_out(group.spans.size(), divide_up(gradient.height, kTileRows), cached_panels(longest * kTileRows));
+    const int64_t most = cached_panels(std::min(longest, kMostRowSteps) * kTileRows);
+    const std::vector<Share> shares = share_out(group.spans.size(), divide_up(gradient.height, kTileRows), most);
     round.add(shares.size(), [this, &group, gradient, shares](int64_t task, int64_t worker, const auto&) {
       const Share& share = shares[task];
       weight_tiles(group.spans[share.unit], gradient, share.begin, share.end, worker);
     });
   }
 
-  // Strips [first, last) of one expert's gradient.
+  // Strips [first, last) of one expert's gradient, summed over its rows in equal parts.
   void weight_tiles(const ExpertSpan& span, const WeightGradient& gradient, int64_t first, int64_t last,
                     int64_t worker) {
-    const int64_t steps = span_steps(span), height = gradient.height, width = gradient.width;
-    const int64_t begin = first * kTileRows, end = std::min(height, last * kTileRows);
+    const int64_t steps = span_steps(span), part = divide_up(steps, divide_up(steps, kMostRowSteps));
+    for (int64_t begin = 0; begin < steps; begin += part) {
+      weight_tiles_part(span, gradient, {first, last}, {begin, std::min(steps, begin + part)}, worker);
+    }
+  }
+
+  struct Range {
+    int64_t first, last;
+  };
+
+  void weight_tiles_part(const ExpertSpan& span, const WeightGradient& gradient, Range strips, Range part,
+                         int64_t worker) {
+    const int64_t height = gradient.height, width = gradient.width, steps = span_steps(span);
+    const int64_t first_row = strips.first * kTileRows, last_row = std::min(height, strips.last * kTileRows);
+    const int64_t part_steps = part.last - part.first;
+    const bool starts = part.first == 0, ends = part.last == steps;
     uint32_t* left = local(worker);
-    pack_across<T>(at<const T*>(gradient.left_rows) + span.padded_row, gradient.left_column + begin, end - begin, steps,
-                   kTileRows, left);
-    const uint32_t* right = right_of(gradient.right, span, panels_of(width));
+    const T* const* rows = at<const T*>(gradient.left_rows) + span.padded_row + part.first * kPerWord<T>;
+    pack_across<T>(rows, gradient.left_column + first_row, last_row - first_row, part_steps, kTileRows, left);
+    const uint32_t* right = right_of(gradient.right, span, panels_of(width)) + part.first * kTileColumns;
     const int64_t stride = gradient.target.row_size;
     T* target = gradient.target.first + span.expert * gradient.target.expert_size;
+    float* sum = at<float>(tile_sums_) + worker * tile_sums_stride_;
     alignas(64) float tile[kTileSize];
     for (int64_t panel = 0; panel < panels_of(width); ++panel) {
       const int64_t column = panel * kTileColumns;
-      for (int64_t strip = first; strip < last; ++strip) {
+      for (int64_t strip = strips.first; strip < strips.last; ++strip, sum += kTileSize) {
         const int64_t row = strip * kTileRows;
         const int count = tile_extent(height, row, kTileRows);
-        multiply_tile<T>(count, steps, left + (strip - first) * steps * kTileRows,
+        multiply_tile<T>(count, part_steps, left + (strip - strips.first) * part_steps * kTileRows,
                          right + panel * steps * kTileColumns, tile);
-        store_tile<T>(target + row * stride + column, stride, tile, count, tile_extent(width, column, kTileColumns));
+        if (!starts) add_tile(tile, sum, kTileColumns, count, kTileColumns);
+        if (!ends) {
+          std::copy_n(tile, count * kTileColumns, sum);
+        } else {
+          store_tile<T>(target + row * stride + column, stride, tile, count, tile_extent(width, column, kTileColumns));
+        }
       }
     }
   }
@@ -409,8 +436,8 @@ class Backward {
   int64_t sides_;  // of dz: gate and up if gated
   int64_t slice_panels_;
   size_t dys_, dz_left_, dz_, a_right_, dx_sums_, xs_right_, dots_, totals_, sums_, dy_rows_, x_rows_, dz_rows_, local_,
-      local_rows_;
-  int64_t local_stride_, local_rows_stride_;
+      local_rows_, tile_sums_;
+  int64_t local_stride_, local_rows_stride_, tile_sums_stride_;
   Scratch scratch_;
 };
 
