@@ -109,45 +109,48 @@ LIBMOE_FAST_INLINE void evaluate(Real z, Real& value, Real& slope) {
 }  // namespace
 
 template <Activation kind, typename Real>
-LIBMOE_FAST_ROW void activate_row(const Real* __restrict__ z, Real* __restrict__ value, int64_t count) {
+LIBMOE_FAST_ROW void activate_all(Real* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     Real slope;
-    evaluate<kind>(z[i], value[i], slope);
+    evaluate<kind>(values[i], values[i], slope);
   }
 }
 
 template <Activation kind, typename Real>
-LIBMOE_FAST_ROW void activate_row_with_slope(const Real* __restrict__ z, Real* __restrict__ value,
-                                             Real* __restrict__ slope, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) evaluate<kind>(z[i], value[i], slope[i]);
+LIBMOE_FAST_ROW void activate_all_with_slopes(Real* values, Real* __restrict__ slopes, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) evaluate<kind>(values[i], values[i], slopes[i]);
 }
 
-template <typename Real>
-void activate(Activation activation, const Real* z, Real* value, int64_t count) {
+namespace {
+
+// body.operator()<activation>()
+template <typename Body>
+void dispatch_activation(Activation activation, const Body& body) {
   switch (activation) {
-    case Activation::kGelu: return activate_row<Activation::kGelu>(z, value, count);
-    case Activation::kGeluTanh: return activate_row<Activation::kGeluTanh>(z, value, count);
-    case Activation::kQuickGelu: return activate_row<Activation::kQuickGelu>(z, value, count);
-    case Activation::kRelu: return activate_row<Activation::kRelu>(z, value, count);
-    case Activation::kSilu: return activate_row<Activation::kSilu>(z, value, count);
+    case Activation::kGelu: return body.template operator()<Activation::kGelu>();
+    case Activation::kGeluTanh: return body.template operator()<Activation::kGeluTanh>();
+    case Activation::kQuickGelu: return body.template operator()<Activation::kQuickGelu>();
+    case Activation::kRelu: return body.template operator()<Activation::kRelu>();
+    case Activation::kSilu: return body.template operator()<Activation::kSilu>();
   }
 }
 
+}  // namespace
+
 template <typename Real>
-void activate_with_slope(Activation activation, const Real* z, Real* value, Real* slope, int64_t count) {
-  switch (activation) {
-    case Activation::kGelu: return activate_row_with_slope<Activation::kGelu>(z, value, slope, count);
-    case Activation::kGeluTanh: return activate_row_with_slope<Activation::kGeluTanh>(z, value, slope, count);
-    case Activation::kQuickGelu: return activate_row_with_slope<Activation::kQuickGelu>(z, value, slope, count);
-    case Activation::kRelu: return activate_row_with_slope<Activation::kRelu>(z, value, slope, count);
-    case Activation::kSilu: return activate_row_with_slope<Activation::kSilu>(z, value, slope, count);
-  }
+void activate(Activation activation, Real* values, int64_t count) {
+  dispatch_activation(activation, [&]<Activation kind>() { activate_all<kind>(values, count); });
 }
 
-template void activate(Activation, const float*, float*, int64_t);
-template void activate(Activation, const double*, double*, int64_t);
-template void activate_with_slope(Activation, const float*, float*, float*, int64_t);
-template void activate_with_slope(Activation, const double*, double*, double*, int64_t);
+template <typename Real>
+void activate_with_slopes(Activation activation, Real* values, Real* slopes, int64_t count) {
+  dispatch_activation(activation, [&]<Activation kind>() { activate_all_with_slopes<kind>(values, slopes, count); });
+}
+
+template void activate(Activation, float*, int64_t);
+template void activate(Activation, double*, int64_t);
+template void activate_with_slopes(Activation, float*, float*, int64_t);
+template void activate_with_slopes(Activation, double*, double*, int64_t);
 
 bool find_activation(const std::string& name, Activation& found) {
   static constexpr struct {

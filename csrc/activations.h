@@ -11,12 +11,12 @@ enum class Activation { kGelu, kGeluTanh, kQuickGelu, kRelu, kSilu };
 // False if there is no such activation; the names are those of reference.ACTIVATIONS.
 bool find_activation(const std::string& name, Activation& found);
 
-// value = act(z)
+// values = act(values)
 template <typename Real>
-void activate(Activation activation, const Real* z, Real* value, int64_t count);
+void activate(Activation activation, Real* values, int64_t count);
 
-// value = act(z), slope = act'(z)
+// slopes = act'(values), values = act(values)
 template <typename Real>
-void activate_with_slope(Activation activation, const Real* z, Real* value, Real* slope, int64_t count);
+void activate_with_slopes(Activation activation, Real* values, Real* slopes, int64_t count);
 
 }  // namespace libmoe_fast

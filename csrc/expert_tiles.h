@@ -21,20 +21,20 @@ struct TilePlace {
   int rows, columns;
 };
 
-// gate, and up if gated: tiles of xs W1^T. Adds the bias, keeps z if wanted, and leaves value = a.
+// gate, and up if gated: tiles of xs W1^T. Adds the bias, keeps z if wanted, and leaves a in gate.
 template <typename T>
 void finish_hidden(const ExpertInputs<T>& inputs, const TilePlace& place, T* z, Accumulator<T>* gate,
-                   Accumulator<T>* up, Accumulator<T>* value) {
+                   Accumulator<T>* up) {
   const T* bias = inputs.first_bias(place.expert);
   const auto add_and_keep = [&](Accumulator<T>* tile, int64_t column) {
     add_bias<T>(tile, bias == nullptr ? nullptr : bias + column, place.rows, place.columns);
     if (z != nullptr) store_tile<T>(z + place.row * inputs.up + column, inputs.up, tile, place.rows, place.columns);
   };
   add_and_keep(gate, place.column);
-  activate(inputs.activation, gate, value, place.rows * kTileColumns);
+  activate(inputs.activation, gate, place.rows * kTileColumns);
   if (!inputs.gated) return;
   add_and_keep(up, inputs.hidden + place.column);
-  multiply_elements(value, up, place.rows);
+  multiply_elements(gate, up, place.rows);
 }
 
 // What backward makes of a tile of g = dys W2.
@@ -52,8 +52,8 @@ struct HiddenGradients {
     Real weights[kTileRows];
     for (int i = 0; i < place.rows; ++i) weights[i] = inputs.weight_of(place.row + i);
     const T* z_tile = z + place.row * inputs.up + place.column;
-    load_tile<T>(up, z_tile, inputs.up, place.rows, place.columns);
-    activate_with_slope(inputs.activation, up, value, slope, place.rows * kTileColumns);
+    load_tile<T>(value, z_tile, inputs.up, place.rows, place.columns);
+    activate_with_slopes(inputs.activation, value, slope, place.rows * kTileColumns);
     if (inputs.gated) {
       load_tile<T>(up, z_tile + inputs.hidden, inputs.up, place.rows, place.columns);
       gated_gradients(g, up, value, slope, weights, dots, sums, up_sums, place.rows);

@@ -64,12 +64,12 @@ void forward_with_mm(const ExpertInputs<T>& in, T* z, T* y) {
     copy_rows(in, in.x, in.in, row, rows, xs);
     torch_mm(product, Matrix<T>{xs, rows, in.in}, weight(in.w1, expert, in.up, in.in).t());
     for_each_tile(expert, row, rows, in.hidden, [&](const TilePlace& place, int64_t) {
-      alignas(64) Real gate[kTileSize], up[kTileSize], value[kTileSize];
+      alignas(64) Real gate[kTileSize], up[kTileSize];
       const T* source = product + (place.row - row) * in.up + place.column;
       load_tile<T>(gate, source, in.up, place.rows, place.columns);
       if (in.gated) load_tile<T>(up, source + in.hidden, in.up, place.rows, place.columns);
-      finish_hidden<T>(in, place, z, gate, up, value);
-      store_tile<T>(a + (place.row - row) * in.hidden + place.column, in.hidden, value, place.rows, place.columns);
+      finish_hidden<T>(in, place, z, gate, up);
+      store_tile<T>(a + (place.row - row) * in.hidden + place.column, in.hidden, gate, place.rows, place.columns);
     });
     torch_mm(ys + row * in.out, Matrix<T>{a, rows, in.hidden}, weight(in.w2, expert, in.out, in.hidden).t());
     const T* bias = in.second_bias(expert);

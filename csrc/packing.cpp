@@ -135,7 +135,69 @@ LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t colu
   }
 }
 
+// A row of a tile in words: 16 that hold two values each, or 16 values from `column` on.
+LIBMOE_FAST_AVX512_BF16 inline __m512i row_words(const float* tile, int row, int rows) {
+  if (row >= rows) return _mm512_setzero_si512();
+  const float* values = tile + row * kTileColumns;
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values)));
+}
+
+LIBMOE_FAST_AVX512 inline __m512i row_values(const float* tile, int row, int rows, int column) {
+  if (row >= rows) return _mm512_setzero_si512();
+  return _mm512_castps_si512(_mm512_loadu_ps(tile + row * kTileColumns + column));
+}
+
+// 16 steps of a left operand.
+LIBMOE_FAST_AVX512 inline void store_columns(__m512i (&block)[16], uint32_t* packed) {
+  constexpr __mmask16 kRows = (1u << kTileRows) - 1;
+  transpose(block);
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < 16; ++i) store_words(packed + i * kTileRows, kRows, block[i]);
+}
+
+LIBMOE_FAST_AVX512_BF16 void pack_tile_along_words(const float* tile, int rows, uint32_t* packed, BFloat16) {
+  __m512i block[16];
+  LIBMOE_FAST_UNROLL
+  for (int i = 0; i < 16; ++i) block[i] = row_words(tile, i, rows);
+  store_columns(block, packed);
+}
+
+LIBMOE_FAST_AVX512 void pack_tile_along_words(const float* tile, int rows, uint32_t* packed, float) {
+  for (int column = 0; column < kTileColumns; column += 16) {
+    __m512i block[16];
+    LIBMOE_FAST_UNROLL
+    for (int i = 0; i < 16; ++i) block[i] = row_values(tile, i, rows, column);
+    store_columns(block, packed + column * kTileRows);
+  }
+}
+
+LIBMOE_FAST_AVX512_BF16 void pack_tile_across_words(const float* tile, int rows, uint32_t* packed, BFloat16) {
+  const __m512i first = _mm512_load_si512(kInterleave.low), second = _mm512_load_si512(kInterleave.high);
+  for (int row = 0; row < rows; row += 2, packed += kTileColumns) {
+    const __m512i even = row_words(tile, row, rows), odd = row_words(tile, row + 1, rows);
+    _mm512_storeu_si512(packed, _mm512_permutex2var_epi16(even, first, odd));
+    _mm512_storeu_si512(packed + 16, _mm512_permutex2var_epi16(even, second, odd));
+  }
+}
+
+LIBMOE_FAST_AVX512 void pack_tile_across_words(const float* tile, int rows, uint32_t* packed, float) {
+  for (int row = 0; row < rows + rows % 2; ++row, packed += kTileColumns) {
+    _mm512_storeu_si512(packed, row_values(tile, row, rows, 0));
+    _mm512_storeu_si512(packed + 16, row_values(tile, row, rows, 16));
+  }
+}
+
 }  // namespace
+
+template <typename T>
+void pack_tile_along(const float* tile, int rows, uint32_t* packed) {
+  pack_tile_along_words(tile, rows, packed, T());
+}
+
+template <typename T>
+void pack_tile_across(const float* tile, int rows, uint32_t* packed) {
+  pack_tile_across_words(tile, rows, packed, T());
+}
 
 template <typename T>
 void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed) {
@@ -171,11 +233,23 @@ void pack_across(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*) {
   throw std::logic_error("libmoe_fast: tiles are not used on this machine");
 }
 
+template <typename T>
+void pack_tile_along(const float*, int, uint32_t*) {
+  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
+}
+
+template <typename T>
+void pack_tile_across(const float*, int, uint32_t*) {
+  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
+}
+
 #endif
 
 #define LIBMOE_FAST_INSTANTIATE(T)                                                        \
   template void pack_along<T>(const T* const*, int, int64_t, int64_t, int, uint32_t*);    \
-  template void pack_across<T>(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*);
+  template void pack_across<T>(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*); \
+  template void pack_tile_along<T>(const float*, int, uint32_t*);                         \
+  template void pack_tile_across<T>(const float*, int, uint32_t*);
 LIBMOE_FAST_INSTANTIATE(float)
 LIBMOE_FAST_INSTANTIATE(BFloat16)
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "dtypes.h"
+#include "tile_gemm.h"
 
 namespace libmoe_fast {
 
@@ -22,5 +23,12 @@ void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps
 // null one stands for zeros. Panels of `width` columns come one after the other, the last one filled up with zeros.
 template <typename T>
 void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, uint32_t* packed);
+
+// The same for a tile [kTileRows, kTileColumns] of results, `rows` rows of it, rounded to T on the way: to a left operand
+// that sums over its columns, and to a right operand that sums over its rows, an even number of them.
+template <typename T>
+void pack_tile_along(const float* tile, int rows, uint32_t* packed);
+template <typename T>
+void pack_tile_across(const float* tile, int rows, uint32_t* packed);
 
 }  // namespace libmoe_fast

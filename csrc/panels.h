@@ -41,18 +41,6 @@ std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most);
 // Words of the widest task-local operand of `width` words per step.
 inline int64_t local_words(int64_t steps, int width) { return kMostPanels * steps * width; }
 
-// The rows of a tile kept in T, as packing wants them.
-template <typename T>
-struct RoundedTile {
-  alignas(64) T values[kTileSize];
-  const T* rows[kTileRows];
-
-  void set(const Accumulator<T>* tile, int count) {
-    store_tile<T>(values, kTileColumns, tile, count, kTileColumns);
-    for (int i = 0; i < kTileRows; ++i) rows[i] = i < count ? values + i * kTileColumns : nullptr;
-  }
-};
-
 // Packs a strip of a unit: its rows of x or dy as the left operand.
 template <typename T>
 void pack_strip(const ExpertInputs<T>& inputs, const Unit& unit, int64_t strip, const T* matrix, int64_t width,

@@ -225,22 +225,19 @@ class Backward {
                              float* sums, const NextOperand& next) {
     const Unit& unit = group.units[block.unit];
     HiddenGradients<T> tile;
-    RoundedTile<T> rounded;
     const ExpertSpan& span = span_of(group, unit.expert);
     multiply_unit<T>(unit, dy_steps_, at<uint32_t>(dys_), right, block, in_.hidden, tile.g,
                      [&](const TilePlace& place, int64_t strip, int64_t panel) {
       float* panel_sums = sums + panel * 2 * kTileColumns;
       tile.finish(in_, place, z_, panel_sums, panel_sums + kTileColumns);
       std::copy_n(tile.dots, place.rows, at<float>(dots_) + panel * group.rows + place.row - group.row);
-      keep_dz(group, slice, place, unit.strip + strip, panel, 0, tile.g, rounded);
-      if (in_.gated) keep_dz(group, slice, place, unit.strip + strip, panel, 1, tile.up, rounded);
+      keep_dz(group, slice, place, unit.strip + strip, panel, 0, tile.g);
+      if (in_.gated) keep_dz(group, slice, place, unit.strip + strip, panel, 1, tile.up);
       if (!weight_grads()) return;
-      rounded.set(tile.value, place.rows);
-      const int64_t steps = divide_up(place.rows, 2) * 2 / kPerWord<T>;
       const int64_t steps_before = (panel - slice.first) * span_steps(span) +
                                    (unit.expert_strip + strip) * unit.height / kPerWord<T>;
-      pack_across<T>(rounded.rows, 0, kTileColumns, steps, kTileColumns,
-                     right_of(a_right_, span, slice.panels()) + steps_before * kTileColumns);
+      pack_tile_across<T>(tile.value, place.rows,
+                          right_of(a_right_, span, slice.panels()) + steps_before * kTileColumns);
     }, next);
   }
 
@@ -251,11 +248,9 @@ class Backward {
 
   // A tile of dz: packed for dx, and as it is for dW1. Side 0 is the gradient by z, or if gated by gate, side 1 by up.
   void keep_dz(const Group& group, const Slice& slice, const TilePlace& place, int64_t strip, int64_t panel,
-               int64_t side, const float* dz, RoundedTile<T>& rounded) {
-    rounded.set(dz, place.rows);
+               int64_t side, const float* dz) {
     const int64_t step = (side * slice.panels() + panel - slice.first) * kPanelSteps<T>;
-    pack_along<T>(rounded.rows, place.rows, kTileColumns, kPanelSteps<T>, kTileRows,
-                  at<uint32_t>(dz_left_) + (strip * dz_steps(slice) + step) * kTileRows);
+    pack_tile_along<T>(dz, place.rows, at<uint32_t>(dz_left_) + (strip * dz_steps(slice) + step) * kTileRows);
     if (!weight_grads()) return;
     const int64_t column = side * slice_panels_ * kTileColumns + place.column - slice.begin();
     store_tile<T>(at<T>(dz_) + (place.row - group.row) * dz_width() + column, dz_width(), dz, place.rows,

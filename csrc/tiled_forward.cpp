@@ -95,8 +95,7 @@ class Forward {
 
   void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, const PanelBlock& block,
                     const NextOperand& next) {
-    alignas(64) float gate[kTileSize], up[kTileSize], value[kTileSize];
-    RoundedTile<T> rounded;
+    alignas(64) float gate[kTileSize], up[kTileSize];
     const auto* tokens = scratch_.template at<uint32_t>(tokens_);
     auto* activations = scratch_.template at<uint32_t>(activations_);
     multiply_unit<T>(unit, in_steps_, tokens, gate_right, block, in_.hidden, gate,
@@ -106,10 +105,9 @@ class Forward {
         multiply_tile<T>(place.rows, in_steps_, tokens + number * in_steps_ * kTileRows,
                          up_right + (panel - block.first) * in_steps_ * kTileColumns, up);
       }
-      finish_hidden<T>(in_, place, z_, gate, up, value);
-      rounded.set(value, place.rows);
-      pack_along<T>(rounded.rows, place.rows, kTileColumns, kPanelSteps<T>, kTileRows,
-                    activations + (number * hidden_steps_ + panel * kPanelSteps<T>) * kTileRows);
+      finish_hidden<T>(in_, place, z_, gate, up);
+      pack_tile_along<T>(gate, place.rows,
+                         activations + (number * hidden_steps_ + panel * kPanelSteps<T>) * kTileRows);
     }, next);
   }
 
