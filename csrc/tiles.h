@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "activations.h"
 #include "rows.h"
@@ -29,10 +30,14 @@ LIBMOE_FAST_ROW void load_tile(Accumulator<T>* __restrict__ tile, const T* __res
   }
 }
 
-// matrix = tile, rounded
+// Whether this machine has an instruction that rounds to bf16, and the next function for it: twelve cycles a row less,
+// which counts where a sum is short.
+bool rounds_in_hardware();
+void store_rounded(BFloat16* matrix, int64_t stride, const float* tile, int rows, int columns);
+
 template <typename T>
-LIBMOE_FAST_ROW void store_tile(T* __restrict__ matrix, int64_t stride, const Accumulator<T>* __restrict__ tile,
-                                int rows, int columns) {
+LIBMOE_FAST_ROW void store_any_tile(T* __restrict__ matrix, int64_t stride, const Accumulator<T>* __restrict__ tile,
+                                    int rows, int columns) {
   for (int i = 0; i < rows; ++i) {
     const Accumulator<T>* row = tile + i * kTileColumns;
     if (columns == kTileColumns) {
@@ -41,6 +46,15 @@ LIBMOE_FAST_ROW void store_tile(T* __restrict__ matrix, int64_t stride, const Ac
       for (int j = 0; j < columns; ++j) matrix[i * stride + j] = static_cast<T>(row[j]);
     }
   }
+}
+
+// matrix = tile, rounded
+template <typename T>
+void store_tile(T* matrix, int64_t stride, const Accumulator<T>* tile, int rows, int columns) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (rounds_in_hardware()) return store_rounded(matrix, stride, tile, rows, columns);
+  }
+  store_any_tile<T>(matrix, stride, tile, rows, columns);
 }
 
 // tile += bias, rounded to T: what backward will read is what the activation sees.
