@@ -62,9 +62,8 @@ struct PanelBlock {
 class PanelBlocks {
  public:
   PanelBlocks(int64_t units, int64_t panels, int64_t panel_words)
-      : panels_(panels),
-        per_block_(std::min(cached_panels(panel_words), divide_up(panels, 8))),
-        chains_(share_out(units, divide_up(panels, per_block_), kMostChained)) {}
+      : per_block_(std::min(cached_panels(panel_words), divide_up(panels, 8))),
+        chains_(share_out(units, panels, kMostChained * per_block_)) {}
 
   int64_t chains() const { return static_cast<int64_t>(chains_.size()); }
 
@@ -80,22 +79,23 @@ class PanelBlocks {
   template <typename Claim, typename Body>
   void run(int64_t chain, const Claim& claim, const Body& body) const {
     const Share& share = chains_[chain];
-    for (int64_t i = share.begin; i < share.end; ++i) {
-      body(block(share.unit, i), i + 1 < share.end ? block(share.unit, i + 1) : first_of(claim()));
+    for (int64_t first = share.begin; first < share.end; first += per_block_) {
+      const int64_t next = first + per_block_;
+      body(block(share, first), next < share.end ? block(share, next) : first_of(claim()));
     }
   }
 
  private:
   static constexpr int64_t kMostChained = 8;
 
-  PanelBlock block(int64_t unit, int64_t number) const {
-    return {unit, number * per_block_, std::min(panels_, (number + 1) * per_block_)};
+  PanelBlock block(const Share& chain, int64_t first) const {
+    return {chain.unit, first, std::min(chain.end, first + per_block_)};
   }
   PanelBlock first_of(int64_t chain) const {
-    return chain < 0 ? PanelBlock{0, 0, 0} : block(chains_[chain].unit, chains_[chain].begin);
+    return chain < 0 ? PanelBlock{0, 0, 0} : block(chains_[chain], chains_[chain].begin);
   }
 
-  int64_t panels_, per_block_;
+  int64_t per_block_;
   std::vector<Share> chains_;
 };
 
