@@ -65,24 +65,17 @@ class PanelBlocks {
       : per_block_(std::min(cached_panels(panel_words), divide_up(panels, 8))),
         chains_(share_out(units, panels, kMostChained * per_block_)) {}
 
-  int64_t chains() const { return static_cast<int64_t>(chains_.size()); }
-
-  // Calls body(block, next, worker) for all blocks. next comes after it, as far as that is known.
+  // Tasks that call body(block, next, worker) for all blocks. next comes after it, as far as that is known.
   template <typename Body>
-  void for_each(const Body& body) const {
-    for_each_claimed_task(chains(), [&](int64_t chain, int64_t worker, const auto& claim) {
-      run(chain, claim, [&](const PanelBlock& block, const PanelBlock& next) { body(block, next, worker); });
+  void add_to(TaskRound& round, const Body& body) const {
+    const PanelBlocks& blocks = *this;
+    round.add(chains_.size(), [blocks, body](int64_t task, int64_t worker, const TaskRound::Claim& claim) {
+      const Share& chain = blocks.chains_[task];
+      for (int64_t first = chain.begin; first < chain.end; first += blocks.per_block_) {
+        const int64_t next = first + blocks.per_block_;
+        body(blocks.block(chain, first), next < chain.end ? blocks.block(chain, next) : blocks.first_of(claim()), worker);
+      }
     });
-  }
-
-  // The same for one chain; claim() returns the chain that comes after it, or -1.
-  template <typename Claim, typename Body>
-  void run(int64_t chain, const Claim& claim, const Body& body) const {
-    const Share& share = chains_[chain];
-    for (int64_t first = share.begin; first < share.end; first += per_block_) {
-      const int64_t next = first + per_block_;
-      body(block(share, first), next < share.end ? block(share, next) : first_of(claim()));
-    }
   }
 
  private:

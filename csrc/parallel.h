@@ -7,6 +7,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
 
 namespace libmoe_fast {
 
@@ -48,5 +51,37 @@ template <typename Body>
 void for_each_task(int64_t tasks, const Body& body) {
   for_each_claimed_task(tasks, [&](int64_t task, int64_t worker, const auto&) { body(task, worker); });
 }
+
+// Tasks of several kinds, taken in this order: no thread waits where one kind ends and the next begins.
+class TaskRound {
+ public:
+  using Claim = std::function<int64_t()>;  // the next task of this kind, or -1 (see for_each_claimed_task)
+  using Body = std::function<void(int64_t task, int64_t worker, const Claim& claim)>;
+
+  void add(int64_t tasks, Body body) {
+    kinds_.push_back({tasks_, tasks, std::move(body)});
+    tasks_ += tasks;
+  }
+
+  void run() const {
+    for_each_claimed_task(tasks_, [&](int64_t task, int64_t worker, const auto& claim) {
+      auto kind = kinds_.begin();
+      while (task >= kind->first + kind->tasks) ++kind;
+      kind->body(task - kind->first, worker, [&] {
+        const int64_t next = claim() - kind->first;
+        return next >= 0 && next < kind->tasks ? next : -1;
+      });
+    });
+  }
+
+ private:
+  struct Kind {
+    int64_t first, tasks;
+    Body body;
+  };
+
+  std::vector<Kind> kinds_;
+  int64_t tasks_ = 0;
+};
 
 }  // namespace libmoe_fast

@@ -52,15 +52,15 @@ int64_t largest(const std::vector<Group>& groups, const Value& value) {
   return most;
 }
 
-// Calls body(unit, strip) for every strip of the group.
+// Tasks that call body(unit, strip) for every strip of the group.
 template <typename Body>
-void for_each_strip(const Group& group, const Body& body) {
+void add_strips(TaskRound& round, const Group& group, const Body& body) {
   constexpr int64_t kStripsPerTask = 8;
   std::vector<std::pair<const Unit*, int64_t>> tasks;
   for (const Unit& unit : group.units) {
     for (int64_t strip = 0; strip < unit.strips; strip += kStripsPerTask) tasks.emplace_back(&unit, strip);
   }
-  for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t task, int64_t) {
+  round.add(static_cast<int64_t>(tasks.size()), [tasks, body](int64_t task, int64_t, const auto&) {
     const auto [unit, first] = tasks[task];
     for (int64_t strip = first; strip < std::min(unit->strips, first + kStripsPerTask); ++strip) body(*unit, strip);
   });

@@ -2,8 +2,6 @@
 // g = dys W2 and everything made from it, and what needs all rows of that: the slice's part of dx and of the weight
 // gradients. Slices bound the memory, and keep it in cache.
 #include <algorithm>
-#include <functional>
-#include <utility>
 #include <vector>
 
 #include "experts.h"
@@ -30,38 +28,6 @@ struct Slice {
   int64_t panels() const { return last - first; }
   int64_t begin() const { return first * kTileColumns; }  // of its columns
   int64_t columns(int64_t hidden) const { return std::min(hidden, last * kTileColumns) - begin(); }
-};
-
-// Tasks of several kinds, taken in this order: no thread waits where one kind ends and the next begins.
-class TaskRound {
- public:
-  using Claim = std::function<int64_t()>;  // the next task of this kind, or -1 (see for_each_claimed_task)
-  using Body = std::function<void(int64_t task, int64_t worker, const Claim& claim)>;
-
-  void add(int64_t tasks, Body body) {
-    kinds_.push_back({tasks_, tasks, std::move(body)});
-    tasks_ += tasks;
-  }
-
-  void run() const {
-    for_each_claimed_task(tasks_, [&](int64_t task, int64_t worker, const auto& claim) {
-      auto kind = kinds_.begin();
-      while (task >= kind->first + kind->tasks) ++kind;
-      kind->body(task - kind->first, worker, [&] {
-        const int64_t next = claim() - kind->first;
-        return next >= 0 && next < kind->tasks ? next : -1;
-      });
-    });
-  }
-
- private:
-  struct Kind {
-    int64_t first, tasks;
-    Body body;
-  };
-
-  std::vector<Kind> kinds_;
-  int64_t tasks_ = 0;
 };
 
 template <typename T>
@@ -171,25 +137,27 @@ class Backward {
   }
 
   void pack_rows(const Group& group) {
-    for_each_strip(group, [&](const Unit& unit, int64_t strip) {
+    TaskRound round;
+    add_strips(round, group, [this](const Unit& unit, int64_t strip) {
       pack_strip<T>(in_, unit, strip, dy_, in_.out, at<uint32_t>(dys_));
     });
-    if (!weight_grads()) return;
-    const int64_t blocks = divide_up(in_panels_, kMostPanels);
-    for_each_task(group.spans.size() * blocks, [&](int64_t task, int64_t) {
+    const int64_t blocks = weight_grads() ? divide_up(in_panels_, kMostPanels) : 0;
+    round.add(group.spans.size() * blocks, [&](int64_t task, int64_t, const auto&) {
       const ExpertSpan& span = group.spans[task / blocks];
       const int64_t panel = task % blocks * kMostPanels, column = panel * kTileColumns, steps = span_steps(span);
       pack_across<T>(at<const T*>(x_rows_) + span.padded_row, column,
                      std::min(kMostPanels * kTileColumns, in_.in - column), steps, kTileColumns,
                      right_of(xs_right_, span, in_panels_) + panel * steps * kTileColumns);
     });
+    round.run();
   }
 
   // ----------------------------------------------------------------------------------- g, and everything made from it
 
   void hidden_gradients(const Group& group, const Slice& slice) {
     const PanelBlocks blocks(group.units.size(), slice.panels(), dy_steps_ * kTileColumns);
-    blocks.for_each([&](PanelBlock block, PanelBlock next, int64_t worker) {
+    TaskRound round;
+    blocks.add_to(round, [&](PanelBlock block, PanelBlock next, int64_t worker) {
       for (PanelBlock* panels : {&block, &next}) {
         panels->first += slice.first;
         panels->last += slice.first;
@@ -201,6 +169,7 @@ class Backward {
       const NextOperand ahead = columns_of(w2_of(group.units[next.unit].expert), in_.out, in_.hidden, next);
       hidden_gradient_tiles(group, slice, block, local(worker), sums, ahead);
     });
+    round.run();
   }
 
   const T* w2_of(int64_t expert) const { return in_.w2 + expert * in_.out * in_.hidden; }
@@ -282,10 +251,8 @@ class Backward {
   // dxs = dz W1, summed over the slices in float32
   void add_dx(TaskRound& round, const Group& group, const Slice& slice) {
     const PanelBlocks blocks(group.units.size(), in_panels_, dz_steps(slice) * kTileColumns);
-    round.add(blocks.chains(), [this, &group, &slice, blocks](int64_t chain, int64_t worker, const auto& claim) {
-      blocks.run(chain, claim, [&](const PanelBlock& block, const PanelBlock& next) {
-        dx_tiles(group, slice, block, next, worker);
-      });
+    blocks.add_to(round, [this, &group, &slice](const PanelBlock& block, const PanelBlock& next, int64_t worker) {
+      dx_tiles(group, slice, block, next, worker);
     });
   }
 

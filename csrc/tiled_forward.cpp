@@ -34,11 +34,15 @@ class Forward {
         scratch_(plan()) {}
 
   void run() {
+    TaskRound round;
     for (const Group& group : groups_) {
-      pack_tokens(group);
+      pack_tokens(round, group);  // in the round that ends the group before: small tasks, for whom it leaves idle
+      round.run();
       hidden_layer(group);
-      output_layer(group);
+      round = TaskRound();
+      output_layer(round, group);
     }
+    round.run();
     combine_rows<T>(scratch_.template at<T>(outputs_), in_.inverse, in_.weights, y_, in_.tokens, in_.out, in_.top_k);
   }
 
@@ -56,8 +60,8 @@ class Forward {
 
   uint32_t* local(int64_t worker) const { return scratch_.template at<uint32_t>(local_) + worker * local_stride_; }
 
-  void pack_tokens(const Group& group) {
-    for_each_strip(group, [&](const Unit& unit, int64_t strip) {
+  void pack_tokens(TaskRound& round, const Group& group) {
+    add_strips(round, group, [this](const Unit& unit, int64_t strip) {
       pack_strip<T>(in_, unit, strip, in_.x, in_.in, scratch_.template at<uint32_t>(tokens_));
     });
   }
@@ -76,7 +80,8 @@ class Forward {
   void hidden_layer(const Group& group) {
     const int64_t panel_words = in_steps_ * kTileColumns, sides = in_.gated ? 2 : 1;
     const PanelBlocks blocks(group.units.size(), panels_of(in_.hidden), panel_words * sides);
-    blocks.for_each([&](const PanelBlock& block, const PanelBlock& next, int64_t worker) {
+    TaskRound round;
+    blocks.add_to(round, [&](const PanelBlock& block, const PanelBlock& next, int64_t worker) {
       const Unit& unit = group.units[block.unit];
       uint32_t* gate_right = local(worker);
       uint32_t* up_right = gate_right + (block.last - block.first) * panel_words;
@@ -91,6 +96,7 @@ class Forward {
       const NextOperand ahead = rows_of(w1_of(group.units[next.unit]), in_.hidden, in_.in, next);
       hidden_tiles(unit, gate_right, up_right, block, ahead);
     });
+    round.run();
   }
 
   void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, const PanelBlock& block,
@@ -111,10 +117,10 @@ class Forward {
     }, next);
   }
 
-  void output_layer(const Group& group) {
+  void output_layer(TaskRound& round, const Group& group) {
     const int64_t panel_words = hidden_steps_ * kTileColumns;
     const PanelBlocks blocks(group.units.size(), panels_of(in_.out), panel_words);
-    blocks.for_each([&](const PanelBlock& block, const PanelBlock& next, int64_t worker) {
+    blocks.add_to(round, [this, &group, panel_words](const PanelBlock& block, const PanelBlock& next, int64_t worker) {
       const Unit& unit = group.units[block.unit];
       uint32_t* right = local(worker);
       for (int64_t panel = block.first; panel < block.last; ++panel) {
