@@ -29,7 +29,7 @@ inline int64_t cached_panels(int64_t panel_words) {
   return std::clamp<int64_t>(kPanelBytes / (panel_words * 4), 1, kMostPanels);
 }
 
-// A part of one unit's panels (or strips, or blocks of them), for one task.
+// A part of one unit's panels (or strips), for one task.
 struct Share {
   int64_t unit, begin, end;
 };

@@ -1,5 +1,5 @@
-// Forward in tiles. Per group of rows, three rounds of tasks: pack x; the hidden layer, whose activations are packed
-// for the output layer while in cache; and the output layer.
+// Forward in tiles. Per group of rows, two rounds of tasks: the hidden layer, whose activations are packed for the output
+// layer while in cache; and the output layer, together with the packing of the next group's x.
 #include <algorithm>
 #include <vector>
 
