@@ -9,10 +9,9 @@
 
 namespace libmoe_fast {
 
-#ifdef LIBMOE_FAST_TILES
-
 namespace {
 
+// The setting is checked on every machine, also where there is no choice.
 bool torch_mm_demanded() {
   const char* choice = std::getenv("LIBMOE_FAST_CPU_GEMM");
   if (choice == nullptr || *choice == '\0') return false;
@@ -24,6 +23,8 @@ bool torch_mm_demanded() {
 }
 
 }  // namespace
+
+#ifdef LIBMOE_FAST_TILES
 
 bool tiles_pay(ScalarType dtype) {
   static const bool fp32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -107,7 +108,10 @@ void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t
 
 #else  // No instructions for which this layout was made: torch's mm does the work, and none of these is called.
 
-bool tiles_pay(ScalarType) { return false; }
+bool tiles_pay(ScalarType) {
+  torch_mm_demanded();
+  return false;
+}
 
 template <typename T>
 void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead) {
