@@ -27,7 +27,7 @@ import torch
 from libmoe_fast.benchmarks.arena import LOOP, OURS, Arena, build_arena, entrant, make_moe, random_tokens
 from libmoe_fast.benchmarks.cases import CPU_TARGETS
 from libmoe_fast.benchmarks.limits import dense_gemms
-from libmoe_fast.benchmarks.measure import Contest, Spread, make_clock, run_together
+from libmoe_fast.benchmarks.measure import Contest, Spread, Timing, make_clock, run_together
 from libmoe_fast.benchmarks.memory import peak_bytes, saved_bytes
 from libmoe_fast.benchmarks.report import spread
 from libmoe_fast.errors import LibMoEError
@@ -89,8 +89,8 @@ def table(options: argparse.Namespace) -> None:
         cells = {name: [] for name in options.names}
         for mode in MODES.values():
             arena = build_arena(target.case(mode, peers=PEERS), CPU)
-            for name, ratio in ratios(arena, options.names, options.rounds).items():
-                cells[name].append(spread(ratio))
+            for name, timing in race(arena, options.names, options.rounds).items():
+                cells[name].append(spread(timing.over_limit))
         goal = f"{target.inference:.2f} / {target.training:.2f}"
         print_row(target.sizes, target.dtype, goal, *map(" / ".join, cells.values()))
 
@@ -99,21 +99,19 @@ def routers(options: argparse.Namespace) -> None:
     """The five routers at CLIP-L in bf16, before the same experts and interleaved: time / limit and time / mean."""
     columns: dict[str, dict[str, Spread]] = {}
     for mode_name, mode in MODES.items():
-        entrants, experts = {}, None
-        x = random_tokens(CLIP_L.case(mode), CPU, features=CLIP_L.shape.in_features).requires_grad_()
+        case, entrants, experts = CLIP_L.case(mode), {}, None
+        x = random_tokens(case, CPU, features=CLIP_L.shape.in_features).requires_grad_()
+        grad = random_tokens(case, CPU, features=CLIP_L.shape.out_features)
         for name in ROUTERS:
-            case = CLIP_L.case(mode, router=name, peers=())
-            moe = make_moe(case, CPU)
+            moe = make_moe(dataclasses.replace(case, router=name), CPU)
             experts = moe.experts = experts or moe.experts  # where weights lie in memory is worth as much as a router
-            entrants[name] = entrant(case, partial(moe, x), module=moe, inputs=(x,), grad=torch.ones_like(x))
-        contest = Contest(entrants, limit=dense_gemms(CLIP_L.case(mode), CPU), clock=make_clock(CPU))
-        contest.warm_up()
-        contest.run(options.rounds)
-        means = [statistics.mean(times) for times in zip(*(t.seconds for t in contest.timings.values()), strict=True)]
-        columns[f"{mode_name}, over the limit"] = {name: t.over_limit for name, t in contest.timings.items()}
+            entrants[name] = entrant(case, partial(moe, x), module=moe, inputs=(x,), grad=grad)
+        timings = race(Arena(entrants, "dense GEMM", partial(dense_gemms, case, CPU), {}), entrants, options.rounds)
+        means = [statistics.mean(times) for times in zip(*(t.seconds for t in timings.values()), strict=True)]
+        columns[f"{mode_name}, over the limit"] = {name: t.over_limit for name, t in timings.items()}
         columns[f"{mode_name}, over the mean"] = {
             name: Spread.of([seconds / mean for seconds, mean in zip(t.seconds, means, strict=True)])
-            for name, t in contest.timings.items()
+            for name, t in timings.items()
         }
     print_row("router", *columns)
     print_row(*["---"] * (1 + len(columns)))
@@ -160,12 +158,11 @@ def memory(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ratios(arena: Arena, names: Iterable[str], rounds: int) -> dict[str, Spread]:
-    """time / limit of each."""
+def race(arena: Arena, names: Iterable[str], rounds: int) -> dict[str, Timing]:
     contest = contest_of(arena, names)
     contest.warm_up()
     contest.run(rounds)
-    return {name: timing.over_limit for name, timing in contest.timings.items()}
+    return contest.timings
 
 
 def contest_of(arena: Arena, names: Iterable[str]) -> Contest:

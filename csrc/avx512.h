@@ -1,4 +1,4 @@
-// What the AVX-512 code shares: how its functions are compiled, and loads of the rest of a row.
+// What the AVX-512 code shares: how its functions are compiled, where they may run, and rounding to bf16.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -8,8 +8,6 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
-#include "sanitizer.h"
-
 #define LIBMOE_FAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define LIBMOE_FAST_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 // GCC keeps the accumulators in registers only if every loop over them is unrolled.
@@ -17,15 +15,20 @@
 
 namespace libmoe_fast {
 
-// The first elements of a row, as many as the mask has bits, zeros after them.
-LIBMOE_FAST_AVX512 inline __m512i load_halves(__mmask32 valid, const void* row) {
-  check_read(row, __builtin_popcount(valid) * 2);
-  return _mm512_maskz_loadu_epi16(valid, row);
+inline bool has_avx512() {
+  static const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512vl");
+  return supported;
 }
 
-LIBMOE_FAST_AVX512 inline __m512 load_floats(__mmask16 valid, const float* row) {
-  check_read(row, __builtin_popcount(valid) * 4);
-  return _mm512_maskz_loadu_ps(valid, row);
+inline bool has_avx512_bf16() {
+  static const bool supported = has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return supported;
+}
+
+// 32 values, rounded to bf16. Numbers below the normal range become zeros, as in the instruction that multiplies bf16.
+LIBMOE_FAST_AVX512_BF16 inline __m512i round_to_bf16(const float* values) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values)));
 }
 
 }  // namespace libmoe_fast

@@ -42,7 +42,7 @@ void combine_rows(const T* y, const int64_t* inverse, const Accumulator<T>* weig
         const int64_t columns = std::min(kBlockColumns, width - column);
         start_sum(sum, y + places[0] * width + column, weight(0), columns);
         for (int64_t k = 1; k < top_k; ++k) add_to_sum(sum, y + places[k] * width + column, weight(k), columns);
-        store_sum(out + t * width + column, sum, columns);
+        convert_row(out + t * width + column, sum, columns);
       }
     }
   });

@@ -26,12 +26,10 @@ using Optional = std::optional<Tensor>;
 Tensor converted(const Tensor& tensor, ScalarType dtype) {
   const Tensor given = as_contiguous(tensor);
   if (given.scalar_type() == dtype) return given;
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < given.dim(); ++d) sizes.push_back(given.size(d));
-  Tensor result = new_tensor(sizes, dtype);
+  Tensor result = new_tensor(given.sizes().vec(), dtype);
   dispatch_row_dtype(given.scalar_type(), [&]<typename From>() {
     dispatch_row_dtype(dtype, [&]<typename To>() {
-      convert_row<From, To>(result.mutable_data_ptr<To>(), given.const_data_ptr<From>(), given.numel());
+      convert_row(result.mutable_data_ptr<To>(), given.const_data_ptr<From>(), given.numel());
     });
   });
   return result;

@@ -85,8 +85,8 @@ void store_bias_gradient(const ExpertInputs<T>& inputs, int64_t expert, int64_t 
   const int64_t column = panel * kTileColumns;
   const int columns = tile_extent(inputs.hidden, column, kTileColumns);
   T* target = db1 + expert * inputs.up + column;
-  store_sum<T>(target, sums, columns);
-  if (inputs.gated) store_sum<T>(target + inputs.hidden, sums + kTileColumns, columns);
+  convert_row(target, sums, columns);
+  if (inputs.gated) convert_row(target + inputs.hidden, sums + kTileColumns, columns);
 }
 
 // sum [columns] = weighted sum over rows of dy's columns from `column` on: db2.

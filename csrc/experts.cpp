@@ -181,11 +181,7 @@ std::vector<Tensor> cpu_experts_backward(const Tensor& dy, const Tensor& x, cons
   const Tensor grad = as_contiguous(dy), hidden = as_contiguous(z);
   const ExpertTensors& tensors = arguments.tensors();
 
-  const auto like = [](const Tensor& tensor) {
-    std::vector<int64_t> sizes;
-    for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
-    return new_tensor(sizes, tensor.scalar_type());
-  };
+  const auto like = [](const Tensor& tensor) { return new_tensor(tensor.sizes().vec(), tensor.scalar_type()); };
   Tensor drows = new_tensor({arguments.choices(), x.size(1)}, x.scalar_type()), dweights = like(tensors.weights);
   std::optional<Tensor> dw1, db1, dw2, db2;
   if (weight_grads) {

@@ -29,6 +29,8 @@ struct ExpertInputs {
   const T* row_of(const T* matrix, int64_t width, int64_t row) const { return matrix + order[row] / top_k * width; }
   Accumulator<T> weight_of(int64_t row) const { return weights[order[row]]; }
   int64_t rows_of(int64_t expert) const { return offsets[expert + 1] - offsets[expert]; }
+  const T* first_weight(int64_t expert) const { return w1 + expert * up * in; }
+  const T* second_weight(int64_t expert) const { return w2 + expert * out * hidden; }
   const T* first_bias(int64_t expert) const { return b1 == nullptr ? nullptr : b1 + expert * up; }
   const T* second_bias(int64_t expert) const { return b2 == nullptr ? nullptr : b2 + expert * out; }
 };

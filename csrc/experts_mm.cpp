@@ -132,7 +132,7 @@ void backward_with_mm(const ExpertInputs<T>& in, const T* dy, const T* z, const 
     }
     if (gradients.db2 != nullptr) {
       sum_weighted_rows(in, dy, row, rows, 0, in.out, total);
-      store_sum<T>(gradients.db2 + expert * in.out, total, in.out);
+      convert_row(gradients.db2 + expert * in.out, total, in.out);
     }
   }
 }

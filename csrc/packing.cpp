@@ -4,12 +4,24 @@
 #include <stdexcept>
 
 #include "avx512.h"
+#include "sanitizer.h"
 
 namespace libmoe_fast {
 
 #ifdef LIBMOE_FAST_TILES
 
 namespace {
+
+// The first elements of a row, as many as the mask has bits, zeros after them.
+LIBMOE_FAST_AVX512 inline __m512i load_halves(__mmask32 valid, const void* row) {
+  check_read(row, __builtin_popcount(valid) * 2);
+  return _mm512_maskz_loadu_epi16(valid, row);
+}
+
+LIBMOE_FAST_AVX512 inline __m512 load_floats(__mmask16 valid, const float* row) {
+  check_read(row, __builtin_popcount(valid) * 4);
+  return _mm512_maskz_loadu_ps(valid, row);
+}
 
 LIBMOE_FAST_AVX512 inline void store_words(uint32_t* packed, __mmask16 columns, __m512i words) {
   check_write(packed, __builtin_popcount(columns) * 4);
@@ -137,9 +149,7 @@ LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t colu
 
 // A row of a tile in words: 16 that hold two values each, or 16 values from `column` on.
 LIBMOE_FAST_AVX512_BF16 inline __m512i row_words(const float* tile, int row, int rows) {
-  if (row >= rows) return _mm512_setzero_si512();
-  const float* values = tile + row * kTileColumns;
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values)));
+  return row < rows ? round_to_bf16(tile + row * kTileColumns) : _mm512_setzero_si512();
 }
 
 LIBMOE_FAST_AVX512 inline __m512i row_values(const float* tile, int row, int rows, int column) {

@@ -24,7 +24,7 @@ constexpr int64_t padded_width(int64_t width) {
 // out [padded width] = row, in Real, zeros behind it
 template <typename T>
 void widen_row(const T* row, int64_t width, Accumulator<T>* out) {
-  start_sum<T>(out, row, Accumulator<T>(1), width);
+  convert_row(out, row, width);
   std::fill(out + width, out + padded_width<Accumulator<T>>(width), Accumulator<T>(0));
 }
 

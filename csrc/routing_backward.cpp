@@ -164,7 +164,7 @@ class RouterBackward {
     add_rows<Real>(sum, ddot(t), 1, in_.weight, D, N, D);
     if (learned_noise_) add_rows<Real>(sum, ddot(t) + N, 1, in_.noise_weight, D, N, D);
     if (spec_.cosine()) add_to_sum<T>(sum, in_.x + t * D, along_x, D);
-    store_sum<T>(out_.dx + t * D, sum, D);
+    convert_row(out_.dx + t * D, sum, D);
   }
 
   // Coefficients of the gate rows in their own gradient; zeros unless scores are cosines.
@@ -187,7 +187,7 @@ class RouterBackward {
       for (int64_t t = first; t < last; t += 4) {
         const int64_t count = std::min<int64_t>(4, last - t);
         for (int64_t i = 0; i < count; ++i) {
-          start_sum<T>(tokens + i * kColumns, in_.x + (t + i) * D + begin, Real(1), columns);
+          convert_row(tokens + i * kColumns, in_.x + (t + i) * D + begin, columns);
         }
         for (int64_t n = 0; n < rows; ++n) {
           add_rows<Real>(part.data() + n * kColumns, ddot(t) + n, rows, tokens, kColumns, count, columns);

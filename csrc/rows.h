@@ -35,7 +35,7 @@ inline __attribute__((always_inline)) Real sum_in_halves(const Real* values) {
   }
 }
 
-// out = row, in another type
+// out = row, in another type, rounded once
 template <typename From, typename To>
 LIBMOE_FAST_ROW void convert_row(To* __restrict__ out, const From* __restrict__ row, int64_t width) {
   for (int64_t i = 0; i < width; ++i) out[i] = static_cast<To>(static_cast<Accumulator<From>>(row[i]));
@@ -59,12 +59,6 @@ template <typename T>
 LIBMOE_FAST_ROW void add_to_sum(Accumulator<T>* __restrict__ sum, const T* __restrict__ row, Accumulator<T> weight,
                        int64_t width) {
   for (int64_t i = 0; i < width; ++i) sum[i] += weight * static_cast<Accumulator<T>>(row[i]);
-}
-
-// out = sum, rounded once
-template <typename T>
-LIBMOE_FAST_ROW void store_sum(T* __restrict__ out, const Accumulator<T>* __restrict__ sum, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) out[i] = static_cast<T>(sum[i]);
 }
 
 // <a, b> in 16 interleaved partial sums, added up pairwise: a fixed order whatever the vector width.

@@ -27,12 +27,10 @@ bool torch_mm_demanded() {
 #ifdef LIBMOE_FAST_TILES
 
 bool tiles_pay(ScalarType dtype) {
-  static const bool fp32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl");
   // AMX multiplies bf16 many times faster than AVX-512, and oneDNN, behind torch's mm, uses it.
-  static const bool bf16 = fp32 && __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-bf16");
+  static const bool bf16 = has_avx512_bf16() && !__builtin_cpu_supports("amx-bf16");
   if (torch_mm_demanded()) return false;
-  return dtype == ScalarType::Float ? fp32 : dtype == ScalarType::BFloat16 && bf16;
+  return dtype == ScalarType::Float ? has_avx512() : dtype == ScalarType::BFloat16 && bf16;
 }
 
 namespace {

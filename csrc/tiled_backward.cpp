@@ -166,13 +166,11 @@ class Backward {
       pack_w2(unit.expert, block, worker);
       float* sums = at<float>(sums_) + block.unit * hidden_panels_ * 2 * kTileColumns;
       std::fill(sums + block.first * 2 * kTileColumns, sums + block.last * 2 * kTileColumns, 0.0f);
-      const NextOperand ahead = columns_of(w2_of(group.units[next.unit].expert), in_.out, in_.hidden, next);
+      const NextOperand ahead = columns_of(in_.second_weight(group.units[next.unit].expert), in_.out, in_.hidden, next);
       hidden_gradient_tiles(group, slice, block, local(worker), sums, ahead);
     });
     round.run();
   }
-
-  const T* w2_of(int64_t expert) const { return in_.w2 + expert * in_.out * in_.hidden; }
 
   // The columns of a matrix [rows, width] that a block is made of.
   static NextOperand columns_of(const T* matrix, int64_t rows, int64_t width, const PanelBlock& block) {
@@ -183,7 +181,7 @@ class Backward {
 
   void pack_w2(int64_t expert, const PanelBlock& block, int64_t worker) {
     const T** rows = local_rows(worker);
-    const T* weight = w2_of(expert);
+    const T* weight = in_.second_weight(expert);
     for (int64_t i = 0; i < dy_steps_ * kPerWord<T>; ++i) rows[i] = i < in_.out ? weight + i * in_.hidden : nullptr;
     const int64_t column = block.first * kTileColumns;
     pack_across<T>(rows, column, std::min(in_.hidden, block.last * kTileColumns) - column, dy_steps_, kTileColumns,
@@ -260,7 +258,7 @@ class Backward {
                 int64_t worker) {
     const Unit& unit = group.units[block.unit];
     pack_w1(unit.expert, slice, block, worker);
-    const T* next_weight = in_.w1 + (group.units[next.unit].expert * in_.up + slice.begin()) * in_.in;
+    const T* next_weight = in_.first_weight(group.units[next.unit].expert) + slice.begin() * in_.in;
     const NextOperand ahead = columns_of(next_weight, slice.columns(in_.hidden), in_.in, next);
     alignas(64) float tile[kTileSize];
     multiply_unit<T>(unit, dz_steps(slice), at<uint32_t>(dz_left_), local(worker), block, in_.in, tile,
@@ -279,7 +277,7 @@ class Backward {
     const T** rows = local_rows(worker);
     const int64_t columns = slice.columns(in_.hidden), padded = slice.panels() * kTileColumns;  // dz is packed in panels
     for (int64_t side = 0; side < sides_; ++side, rows += padded) {
-      const T* weight = in_.w1 + (expert * in_.up + side * in_.hidden + slice.begin()) * in_.in;
+      const T* weight = in_.first_weight(expert) + (side * in_.hidden + slice.begin()) * in_.in;
       for (int64_t i = 0; i < columns; ++i) rows[i] = weight + i * in_.in;
       std::fill(rows + columns, rows + padded, nullptr);
     }
@@ -386,7 +384,7 @@ class Backward {
     for (int64_t column = 0; column < in_.out; column += kColumns) {
       const int64_t columns = std::min(kColumns, in_.out - column);
       sum_weighted_rows<T>(in_, dy_, span.row, span.rows, column, columns, sums);
-      store_sum<T>(out_.db2 + span.expert * in_.out + column, sums, columns);
+      convert_row(out_.db2 + span.expert * in_.out + column, sums, columns);
     }
   }
 

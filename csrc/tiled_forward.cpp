@@ -74,8 +74,8 @@ class Forward {
     return {weight + begin * width, bytes / kLine, kLine, kLine};
   }
 
-  const T* w1_of(const Unit& unit) const { return in_.w1 + unit.expert * in_.up * in_.in; }
-  const T* w2_of(const Unit& unit) const { return in_.w2 + unit.expert * in_.out * in_.hidden; }
+  const T* w1_of(const Unit& unit) const { return in_.first_weight(unit.expert); }
+  const T* w2_of(const Unit& unit) const { return in_.second_weight(unit.expert); }
 
   void hidden_layer(const Group& group) {
     const int64_t panel_words = in_steps_ * kTileColumns, sides = in_.gated ? 2 : 1;

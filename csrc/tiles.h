@@ -30,8 +30,7 @@ LIBMOE_FAST_ROW void load_tile(Accumulator<T>* __restrict__ tile, const T* __res
   }
 }
 
-// Whether this machine has an instruction that rounds to bf16. It makes zeros of numbers below the normal range, as the
-// one that multiplies bf16 does.
+// Whether this machine has an instruction that rounds to bf16.
 bool rounds_in_hardware();
 // store_tile with that instruction: twelve cycles less per row, which counts after a short sum.
 void store_rounded(BFloat16* matrix, int64_t stride, const float* tile, int rows, int columns);
