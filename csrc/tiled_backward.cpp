@@ -338,20 +338,27 @@ class Backward {
     const uint32_t* right = right_of(gradient.right, span, panels_of(width)) + part.first * kTileColumns;
     const int64_t stride = gradient.target.row_size;
     T* target = gradient.target.first + span.expert * gradient.target.expert_size;
-    float* sum = at<float>(tile_sums_) + worker * tile_sums_stride_;
+    float* sums = at<float>(tile_sums_) + worker * tile_sums_stride_;
     alignas(64) float tile[kTileSize];
-    for (int64_t panel = 0; panel < panels_of(width); ++panel) {
-      const int64_t column = panel * kTileColumns;
-      for (int64_t strip = strips.first; strip < strips.last; ++strip, sum += kTileSize) {
+    // As many panels as stay in cache; a strip meets them one after the other, so that its rows of dW, which come from
+    // memory, are written along.
+    const int64_t panels = panels_of(width);
+    const int64_t cached = std::max<int64_t>(1, kPanelBytes / (part_steps * kTileColumns * 4));
+    for (int64_t begin = 0; begin < panels; begin += cached) {
+      for (int64_t strip = strips.first; strip < strips.last; ++strip) {
+        const uint32_t* strip_left = left + (strip - strips.first) * part_steps * kTileRows;
         const int64_t row = strip * kTileRows;
         const int count = tile_extent(height, row, kTileRows);
-        multiply_tile<T>(count, part_steps, left + (strip - strips.first) * part_steps * kTileRows,
-                         right + panel * steps * kTileColumns, tile);
-        if (!starts) add_tile(tile, sum, kTileColumns, count, kTileColumns);
-        if (!ends) {
-          std::copy_n(tile, count * kTileColumns, sum);
-        } else {
-          store_tile<T>(target + row * stride + column, stride, tile, count, tile_extent(width, column, kTileColumns));
+        for (int64_t panel = begin; panel < std::min(panels, begin + cached); ++panel) {
+          multiply_tile<T>(count, part_steps, strip_left, right + panel * steps * kTileColumns, tile);
+          float* sum = sums + ((strip - strips.first) * panels + panel) * kTileSize;
+          if (!starts) add_tile(tile, sum, kTileColumns, count, kTileColumns);
+          const int64_t column = panel * kTileColumns;
+          if (ends) {
+            store_tile<T>(target + row * stride + column, stride, tile, count, tile_extent(width, column, kTileColumns));
+          } else {
+            std::copy_n(tile, count * kTileColumns, sum);
+          }
         }
       }
     }
