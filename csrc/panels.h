@@ -100,9 +100,8 @@ struct NextOperand {
   // What to fetch during one of `calls` multiplications, a cache line at every step.
   Ahead during(int64_t call, int64_t calls, int64_t steps) const {
     if (rows == 0 || bytes == 0) return {};
-    constexpr int64_t kLine = 64;
-    const int64_t runs = divide_up(rows, steps), parts = divide_up(bytes, kLine) * runs, part = call * parts / calls;
-    return {static_cast<const char*>(data) + part % runs * steps * row_bytes + part / runs * kLine, row_bytes};
+    const int64_t runs = divide_up(rows, steps), parts = divide_up(bytes, kCacheLine) * runs, part = call * parts / calls;
+    return {static_cast<const char*>(data) + part % runs * steps * row_bytes + part / runs * kCacheLine, row_bytes};
   }
 };
 

@@ -14,6 +14,8 @@ namespace libmoe_fast {
 
 constexpr int kTileRows = 14, kTileColumns = 32;  // 28 accumulators, 2 right words, 1 left word: 31 of 32 registers
 
+constexpr int64_t kCacheLine = 64;
+
 // Whether this machine multiplies tiles of this dtype faster than torch's own mm.
 bool tiles_pay(ScalarType dtype);
 

@@ -21,6 +21,9 @@ static_assert(kStripPanels * kTileColumns % kTileRows == 0);
 // Of the sum of a weight gradient over an expert's rows, done at a time: their panels stay in the second-level cache.
 constexpr int64_t kMostRowSteps = 1024;
 
+// Weight gradients above this size are written past the caches; smaller ones are still there when the optimizer reads them.
+constexpr int64_t kCachedBytes = int64_t{16} << 20;
+
 // Hidden panels [first, last).
 struct Slice {
   int64_t first, last;
@@ -43,6 +46,7 @@ class Backward {
         in_panels_(panels_of(inputs.in)),
         dy_steps_(steps_of<T>(inputs.out)),
         sides_(inputs.gated ? 2 : 1),
+        streams_(inputs.experts * (inputs.up * inputs.in + inputs.out * inputs.hidden) * sizeof(T) > kCachedBytes),
         slice_panels_(panels_per_slice()),
         scratch_(plan()) {}
 
@@ -355,12 +359,21 @@ class Backward {
           if (!starts) add_tile(tile, sum, kTileColumns, count, kTileColumns);
           const int64_t column = panel * kTileColumns;
           if (ends) {
-            store_tile<T>(target + row * stride + column, stride, tile, count, tile_extent(width, column, kTileColumns));
+            store_gradient(target + row * stride + column, stride, tile, count, tile_extent(width, column, kTileColumns));
           } else {
             std::copy_n(tile, count * kTileColumns, sum);
           }
         }
       }
+    }
+    if (streams_) finish_streams();
+  }
+
+  void store_gradient(T* matrix, int64_t stride, const float* tile, int rows, int columns) const {
+    if (streams_) {
+      stream_tile<T>(matrix, stride, tile, rows, columns);
+    } else {
+      store_tile<T>(matrix, stride, tile, rows, columns);
     }
   }
 
@@ -401,6 +414,7 @@ class Backward {
   std::vector<Group> groups_;
   int64_t hidden_panels_, in_panels_, dy_steps_;
   int64_t sides_;  // of dz: gate and up if gated
+  bool streams_;
   int64_t slice_panels_;
   size_t dys_, dz_left_, dz_, a_right_, dx_sums_, xs_right_, dots_, totals_, sums_, dy_rows_, x_rows_, dz_rows_, local_,
       local_rows_, tile_sums_;

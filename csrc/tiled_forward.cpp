@@ -68,10 +68,9 @@ class Forward {
 
   // The rows of a weight that a block is made of: they follow each other.
   static NextOperand rows_of(const T* weight, int64_t rows, int64_t width, const PanelBlock& block) {
-    constexpr int64_t kLine = 64;
     const int64_t begin = std::min(rows, block.first * kTileColumns), end = std::min(rows, block.last * kTileColumns);
     const int64_t bytes = (end - begin) * width * static_cast<int64_t>(sizeof(T));
-    return {weight + begin * width, bytes / kLine, kLine, kLine};
+    return {weight + begin * width, bytes / kCacheLine, kCacheLine, kCacheLine};
   }
 
   const T* w1_of(const Unit& unit) const { return in_.first_weight(unit.expert); }

@@ -57,6 +57,12 @@ void store_tile(T* matrix, int64_t stride, const Accumulator<T>* tile, int rows,
   store_any_tile<T>(matrix, stride, tile, rows, columns);
 }
 
+// The same past the caches, for what is larger than they are: a line that is written as a whole need not be read first.
+// finish_streams comes before another thread may read it.
+template <typename T>
+void stream_tile(T* matrix, int64_t stride, const float* tile, int rows, int columns);
+void finish_streams();
+
 // tile += bias, rounded to T: what backward will read is what the activation sees.
 template <typename T>
 LIBMOE_FAST_ROW void add_bias(Accumulator<T>* __restrict__ tile, const T* __restrict__ bias, int rows, int columns) {

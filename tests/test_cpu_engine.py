@@ -99,10 +99,12 @@ def test_error_is_pytorchs_own(shape, activation, gated, bias, dtype, gemm):
         ((700, 1500, 2100, 16, 4, 2), False),  # experts in several groups (kGroupBytes)
         ((4000, 20, 310, 24, 3, 1), False),  # hidden columns in several slices (kSliceBytes)
         ((4000, 20, 310, 24, 3, 1), True),
+        ((40, 1056, 1120, 1056, 4, 2), False),  # weight gradients past the caches (kCachedBytes), all in whole lines
+        ((40, 1040, 1104, 1040, 4, 2), True),  # and not: in bf16 every other row begins within a line
     ],
-    ids=["units", "groups", "slices", "gated slices"],
+    ids=["units", "groups", "slices", "gated slices", "streams", "streams off lines"],
 )
-def test_more_than_one_pass_takes(shape, gated, dtype, gemm):
+def test_what_large_sizes_take(shape, gated, dtype, gemm):
     index, tensors, dy = problem(*shape, dtype=dtype, gated=gated, skewed=shape[-1] == 1)
     options = {"activation": "gelu", "gated": gated}
     exact = results(per_expert, index, [t.double() for t in tensors], dy.double(), **options)
