@@ -57,8 +57,6 @@ LIBMOE_FAST_AVX512 inline void transpose(__m512i (&block)[16]) {
   }
 }
 
-constexpr int64_t kPrefetchRows = 40;
-
 // Up to 16 rows of `bytes` bytes into words [step * width + row].
 LIBMOE_FAST_AVX512 void pack_16_rows(const char* const* rows, int count, int64_t bytes, int64_t steps, int width,
                                      __mmask16 columns, uint32_t* packed) {
@@ -100,28 +98,15 @@ inline void prefetch(const T* row, int64_t column) {
   _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);
 }
 
-// Which of 2 x 32 values goes where, to pair value i of one row with value i of the other: i < 16, and the rest.
-struct alignas(64) Interleave {
-  uint16_t low[32], high[32];
-
-  constexpr Interleave() : low(), high() {
-    for (int i = 0; i < 32; ++i) {
-      low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-      high[i] = static_cast<uint16_t>(low[i] + 16);
-    }
-  }
-};
-constexpr Interleave kInterleave;
-
 LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t column, int count, int64_t steps,
                                           int64_t steps_left, int width, uint32_t* packed) {
   const __m512i first = _mm512_load_si512(kInterleave.low), second = _mm512_load_si512(kInterleave.high);
   const __mmask32 valid = count == 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
   const __mmask16 columns = width >= 16 ? __mmask16(~0) : static_cast<__mmask16>((1u << width) - 1);
   for (int64_t step = 0; step < steps; ++step, packed += width, rows += 2) {
-    if (step + kPrefetchRows / 2 < steps_left) {
-      prefetch(rows[kPrefetchRows], column);
-      prefetch(rows[kPrefetchRows + 1], column);
+    if (step + kRowsAhead / 2 < steps_left) {
+      prefetch(rows[kRowsAhead], column);
+      prefetch(rows[kRowsAhead + 1], column);
     }
     const __m512i even = load_or_zero(valid, rows[0] == nullptr ? nullptr : rows[0] + column);
     const __m512i odd = load_or_zero(valid, rows[1] == nullptr ? nullptr : rows[1] + column);
@@ -135,9 +120,9 @@ LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t colu
   const auto mask = [](int bits) { return static_cast<__mmask16>((1u << std::clamp(bits, 0, 16)) - 1); };
   const __mmask16 low = mask(count), high = mask(count - 16), columns = mask(width);
   for (int64_t step = 0; step < steps; ++step, packed += width) {
-    if (step + kPrefetchRows < steps_left) {
-      prefetch(rows[step + kPrefetchRows], column);
-      prefetch(rows[step + kPrefetchRows], column + 16);
+    if (step + kRowsAhead < steps_left) {
+      prefetch(rows[step + kRowsAhead], column);
+      prefetch(rows[step + kRowsAhead], column + 16);
     }
     const bool zero = rows[step] == nullptr;
     const float* row = zero ? nullptr : rows[step] + column;

@@ -38,8 +38,8 @@ struct Share {
 // about the same time.
 std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most);
 
-// Words of the widest task-local operand of `width` words per step.
-inline int64_t local_words(int64_t steps, int width) { return kMostPanels * steps * width; }
+// Words of as many, and of any narrower ones.
+inline int64_t operand_words(int64_t panel_words) { return std::max(kPanelBytes / 4, panel_words); }
 
 // Packs a strip of a unit: its rows of x or dy as the left operand.
 template <typename T>
@@ -106,19 +106,26 @@ struct NextOperand {
 };
 
 // Calls finish(place, strip, panel) for every tile of a unit's rows and a block of panels, while the next one is fetched.
+// With `rows`, `right` is not packed yet: the first strip packs it from them, as pack_across would.
 template <typename T, typename Finish>
-void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, const uint32_t* right,
-                   const PanelBlock& block, int64_t width, float* tile, const Finish& finish, const NextOperand& next) {
+void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, uint32_t* right, const PanelBlock& block,
+                   int64_t width, float* tile, const Finish& finish, const NextOperand& next,
+                   const T* const* rows = nullptr) {
   const int64_t calls = unit.strips * (block.last - block.first);
   int64_t call = 0;
   for (int64_t strip = 0; strip < unit.strips; ++strip) {
-    const int rows = unit.rows_of(strip);
     const uint32_t* strip_left = left + (unit.strip + strip) * steps * kTileRows;
     for (int64_t panel = block.first; panel < block.last; ++panel) {
-      multiply_tile<T>(rows, steps, strip_left, right + (panel - block.first) * steps * kTileColumns, tile,
-                       next.during(call++, calls, steps));
       const int64_t column = panel * kTileColumns;
-      const TilePlace place{unit.expert, unit.row_of(strip), column, rows, tile_extent(width, column, kTileColumns)};
+      const TilePlace place{unit.expert, unit.row_of(strip), column, unit.rows_of(strip),
+                            tile_extent(width, column, kTileColumns)};
+      uint32_t* panel_right = right + (panel - block.first) * steps * kTileColumns;
+      const Ahead ahead = next.during(call++, calls, steps);
+      if (strip == 0 && rows != nullptr) {
+        multiply_tile_packing<T>(place.rows, steps, strip_left, rows, column, panel_right, tile, ahead);
+      } else {
+        multiply_tile<T>(place.rows, steps, strip_left, panel_right, tile, ahead);
+      }
       finish(place, strip, panel);
     }
   }

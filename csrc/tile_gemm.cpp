@@ -4,8 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "avx512.h"
+#include "packing.h"
 
 namespace libmoe_fast {
 
@@ -41,17 +43,48 @@ LIBMOE_FAST_AVX512 inline void store_sums(float* row, const __m512 (&sum)[2], bo
   _mm512_storeu_ps(row + 16, add ? _mm512_add_ps(_mm512_loadu_ps(row + 16), sum[1]) : sum[1]);
 }
 
-template <int kRows>
-LIBMOE_FAST_AVX512_BF16 void multiply_bf16(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile,
-                                           bool add, Ahead ahead) {
+// Right operands, a step at a time: packed ones, and rows that are packed on the way.
+template <typename T>
+struct PackedRight {
+  const uint32_t* words;
+
+  LIBMOE_FAST_AVX512 void next(__m512i (&step)[2]) {
+    step[0] = _mm512_loadu_si512(words);
+    step[1] = _mm512_loadu_si512(words + 16);
+    words += kTileColumns;
+  }
+};
+
+template <typename T>
+struct RightRows {
+  const T* const* rows;
+  int64_t column, steps;
+  uint32_t* packed;
+
+  LIBMOE_FAST_AVX512 void next(__m512i (&step)[2]) {
+    if (--steps >= kRowsAhead / kPerWord<T>) {
+      for (int i = 0; i < kPerWord<T>; ++i) _mm_prefetch(rows[kRowsAhead + i] + column, _MM_HINT_T1);
+    }
+    load_step(rows, column, step);
+    rows += kPerWord<T>;
+    _mm512_storeu_si512(packed, step[0]);
+    _mm512_storeu_si512(packed + 16, step[1]);
+    packed += kTileColumns;
+  }
+};
+
+template <int kRows, typename Right>
+LIBMOE_FAST_AVX512_BF16 void multiply(int64_t steps, const uint32_t* left, Right right, float* tile, bool add,
+                                      Ahead ahead, BFloat16) {
   __m512 sum[kRows][2];
   LIBMOE_FAST_UNROLL
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-  for (; steps > 0; --steps, left += kTileRows, right += kTileColumns) {
+  for (; steps > 0; --steps, left += kTileRows) {
     _mm_prefetch(ahead.data, _MM_HINT_T1);
     ahead.data += ahead.bytes_per_step;
-    const __m512bh right0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(right));
-    const __m512bh right1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(right + 16));
+    __m512i words[2];
+    right.next(words);
+    const auto right0 = reinterpret_cast<__m512bh>(words[0]), right1 = reinterpret_cast<__m512bh>(words[1]);
     LIBMOE_FAST_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const __m512bh word = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(left[i])));
@@ -63,16 +96,18 @@ LIBMOE_FAST_AVX512_BF16 void multiply_bf16(int64_t steps, const uint32_t* left, 
   for (int i = 0; i < kRows; ++i) store_sums(tile + i * kTileColumns, sum[i], add);
 }
 
-template <int kRows>
-LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const uint32_t* right, float* tile,
-                                           bool add, Ahead ahead) {
+template <int kRows, typename Right>
+LIBMOE_FAST_AVX512 void multiply(int64_t steps, const uint32_t* left, Right right, float* tile, bool add, Ahead ahead,
+                                 float) {
   __m512 sum[kRows][2];
   LIBMOE_FAST_UNROLL
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-  for (; steps > 0; --steps, left += kTileRows, right += kTileColumns) {
+  for (; steps > 0; --steps, left += kTileRows) {
     _mm_prefetch(ahead.data, _MM_HINT_T1);
     ahead.data += ahead.bytes_per_step;
-    const __m512 right0 = _mm512_loadu_ps(right), right1 = _mm512_loadu_ps(right + 16);
+    __m512i words[2];
+    right.next(words);
+    const __m512 right0 = _mm512_castsi512_ps(words[0]), right1 = _mm512_castsi512_ps(words[1]);
     LIBMOE_FAST_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const __m512 word = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(left[i])));
@@ -87,21 +122,40 @@ LIBMOE_FAST_AVX512 void multiply_fp32(int64_t steps, const uint32_t* left, const
 // Sums of sums lose less than one long sum: the error of torch's mm, which also works in blocks.
 constexpr int64_t kStepsPerSum = 512;
 
-using Multiply = void (*)(int64_t, const uint32_t*, const uint32_t*, float*, bool, Ahead);
-constexpr Multiply kMultiplyBf16[] = {multiply_bf16<2>, multiply_bf16<4>,  multiply_bf16<6>, multiply_bf16<8>,
-                                      multiply_bf16<10>, multiply_bf16<12>, multiply_bf16<14>};
-constexpr Multiply kMultiplyFp32[] = {multiply_fp32<2>, multiply_fp32<4>,  multiply_fp32<6>, multiply_fp32<8>,
-                                      multiply_fp32<10>, multiply_fp32<12>, multiply_fp32<14>};
+template <typename T, typename Right>
+using Multiply = void (*)(int64_t, const uint32_t*, Right, float*, bool, Ahead, T);
+template <typename T, typename Right>
+constexpr Multiply<T, Right> kMultiply[] = {multiply<2, Right>,  multiply<4, Right>,  multiply<6, Right>,
+                                            multiply<8, Right>,  multiply<10, Right>, multiply<12, Right>,
+                                            multiply<14, Right>};
+
+// right_from(step): the right operand from a step on.
+template <typename T, typename RightFrom>
+void multiply_in_parts(int rows, int64_t steps, const uint32_t* left, const RightFrom& right_from, float* tile,
+                       Ahead ahead) {
+  for (int64_t done = 0; done < steps; done += kStepsPerSum) {
+    const auto right = right_from(done);
+    kMultiply<T, std::decay_t<decltype(right)>>[(rows - 1) / 2](
+        std::min(kStepsPerSum, steps - done), left + done * kTileRows, right, tile, done > 0,
+        {ahead.data + done * ahead.bytes_per_step, ahead.bytes_per_step}, T());
+  }
+}
 
 }  // namespace
 
 template <typename T>
 void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead) {
-  const auto& table = std::is_same_v<T, float> ? kMultiplyFp32 : kMultiplyBf16;
-  for (int64_t done = 0; done < steps; done += kStepsPerSum) {
-    table[(rows - 1) / 2](std::min(kStepsPerSum, steps - done), left + done * kTileRows, right + done * kTileColumns,
-                          tile, done > 0, {ahead.data + done * ahead.bytes_per_step, ahead.bytes_per_step});
-  }
+  multiply_in_parts<T>(rows, steps, left, [=](int64_t step) { return PackedRight<T>{right + step * kTileColumns}; }, tile,
+                       ahead);
+}
+
+template <typename T>
+void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const T* const* right, int64_t column,
+                           uint32_t* packed, float* tile, Ahead ahead) {
+  const auto right_from = [=](int64_t step) {
+    return RightRows<T>{right + step * kPerWord<T>, column, steps - step, packed + step * kTileColumns};
+  };
+  multiply_in_parts<T>(rows, steps, left, right_from, tile, ahead);
 }
 
 #else  // No instructions for which this layout was made: torch's mm does the work, and none of these is called.
@@ -116,9 +170,18 @@ void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead
   throw std::logic_error("libmoe_fast: tiles are not used on this machine");
 }
 
+template <typename T>
+void multiply_tile_packing(int, int64_t, const uint32_t*, const T* const*, int64_t, uint32_t*, float*, Ahead) {
+  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
+}
+
 #endif
 
 template void multiply_tile<float>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
 template void multiply_tile<BFloat16>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
+template void multiply_tile_packing(int, int64_t, const uint32_t*, const float* const*, int64_t, uint32_t*, float*,
+                                    Ahead);
+template void multiply_tile_packing(int, int64_t, const uint32_t*, const BFloat16* const*, int64_t, uint32_t*, float*,
+                                    Ahead);
 
 }  // namespace libmoe_fast

@@ -29,4 +29,10 @@ struct Ahead {
 template <typename T>
 void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead = {});
 
+// The same with a right operand that is not packed yet: the kTileColumns columns from `column` on of steps * kPerWord
+// rows. Leaves it packed (pack_across), at no cost where the multiplication takes longer than memory.
+template <typename T>
+void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const T* const* right, int64_t column,
+                           uint32_t* packed, float* tile, Ahead ahead = {});
+
 }  // namespace libmoe_fast

@@ -13,8 +13,9 @@ namespace libmoe_fast {
 namespace {
 
 // What a slice keeps of g: dz twice, packed and not, and a. Slices are whole strips of dW1 as well: of kStripPanels panels.
-// Not too many: each adds its part to the sums of dx, which with many rows are in no cache.
-constexpr int64_t kSliceBytes = int64_t{6} << 20, kMostSlices = 4;
+// Not too many: each adds its part to the sums of dx, which with many rows are in no cache. One, which needs no sums, where
+// it fits: with few rows per expert that is worth 3%.
+constexpr int64_t kOneSliceBytes = int64_t{14} << 20, kSliceBytes = int64_t{8} << 20, kMostSlices = 4;
 constexpr int64_t kStripPanels = 7;
 static_assert(kStripPanels * kTileColumns % kTileRows == 0);
 
@@ -74,7 +75,8 @@ class Backward {
   int64_t panels_per_slice() const {
     const int64_t rows = largest(groups_, [](const Group& group) { return group.padded_rows; });
     const int64_t panel_bytes = rows * kTileColumns * static_cast<int64_t>(sizeof(T)) * (2 * sides_ + 1);
-    const int64_t slices = std::clamp<int64_t>(divide_up(hidden_panels_ * panel_bytes, kSliceBytes), 1, kMostSlices);
+    const int64_t bytes = hidden_panels_ * panel_bytes;
+    const int64_t slices = bytes <= kOneSliceBytes ? 1 : std::min(divide_up(bytes, kSliceBytes), kMostSlices);
     const int64_t panels = divide_up(hidden_panels_, slices);
     return std::min(hidden_panels_, divide_up(panels, kStripPanels) * kStripPanels);
   }
@@ -100,8 +102,8 @@ class Backward {
     dy_rows_ = plan.add<const T*>(padded);
     x_rows_ = plan.add<const T*>(padded);
     dz_rows_ = plan.add<const T*>(padded);
-    const int64_t weight_words = local_words(std::max(dy_steps_, most_steps), kTileColumns);
-    local_stride_ = std::max(weight_words, local_words(std::min(kMostRowSteps, padded / kPerWord<T>), kTileRows));
+    const int64_t row_steps = std::min(kMostRowSteps, padded / kPerWord<T>);
+    local_stride_ = operand_words(std::max(std::max(dy_steps_, most_steps) * kTileColumns, row_steps * kTileRows));
     local_ = plan.add<uint32_t>(local_stride_ * workers);
     const bool in_parts = weight_grads() && padded / kPerWord<T> > kMostRowSteps;
     tile_sums_stride_ = in_parts ? kMostPanels * std::max(in_panels_, slice_panels_) * kTileSize : 0;
@@ -167,11 +169,11 @@ class Backward {
         panels->last += slice.first;
       }
       const Unit& unit = group.units[block.unit];
-      pack_w2(unit.expert, block, worker);
+      const T* const* rows = unpacked(list_w2(unit.expert, worker), dy_steps_, in_.hidden, block, worker);
       float* sums = at<float>(sums_) + block.unit * hidden_panels_ * 2 * kTileColumns;
       std::fill(sums + block.first * 2 * kTileColumns, sums + block.last * 2 * kTileColumns, 0.0f);
       const NextOperand ahead = columns_of(in_.second_weight(group.units[next.unit].expert), in_.out, in_.hidden, next);
-      hidden_gradient_tiles(group, slice, block, local(worker), sums, ahead);
+      hidden_gradient_tiles(group, slice, block, rows, local(worker), sums, ahead);
     });
     round.run();
   }
@@ -183,17 +185,26 @@ class Backward {
     return {matrix + begin, rows, width * kSize, std::max<int64_t>(0, end - begin) * kSize};
   }
 
-  void pack_w2(int64_t expert, const PanelBlock& block, int64_t worker) {
+  const T* const* list_w2(int64_t expert, int64_t worker) {
     const T** rows = local_rows(worker);
     const T* weight = in_.second_weight(expert);
     for (int64_t i = 0; i < dy_steps_ * kPerWord<T>; ++i) rows[i] = i < in_.out ? weight + i * in_.hidden : nullptr;
-    const int64_t column = block.first * kTileColumns;
-    pack_across<T>(rows, column, std::min(in_.hidden, block.last * kTileColumns) - column, dy_steps_, kTileColumns,
-                   local(worker));
+    return rows;
   }
 
-  void hidden_gradient_tiles(const Group& group, const Slice& slice, const PanelBlock& block, const uint32_t* right,
-                             float* sums, const NextOperand& next) {
+  // The rows of a block's weight, for its first strip to pack. Null if they had to be packed before, because something is
+  // filled up with zeros: the last row, or columns.
+  const T* const* unpacked(const T* const* rows, int64_t steps, int64_t width, const PanelBlock& block, int64_t worker) {
+    const int64_t column = block.first * kTileColumns, columns = std::min(width, block.last * kTileColumns) - column;
+    const bool whole = columns == (block.last - block.first) * kTileColumns &&
+                       std::find(rows, rows + steps * kPerWord<T>, nullptr) == rows + steps * kPerWord<T>;
+    if (whole) return rows;
+    pack_across<T>(rows, column, columns, steps, kTileColumns, local(worker));
+    return nullptr;
+  }
+
+  void hidden_gradient_tiles(const Group& group, const Slice& slice, const PanelBlock& block, const T* const* rows,
+                             uint32_t* right, float* sums, const NextOperand& next) {
     const Unit& unit = group.units[block.unit];
     HiddenGradients<T> tile;
     const ExpertSpan& span = span_of(group, unit.expert);
@@ -209,7 +220,7 @@ class Backward {
                                    (unit.expert_strip + strip) * unit.height / kPerWord<T>;
       pack_tile_across<T>(tile.value, place.rows,
                           right_of(a_right_, span, slice.panels()) + steps_before * kTileColumns);
-    }, next);
+    }, next, rows);
   }
 
   static const ExpertSpan& span_of(const Group& group, int64_t expert) {
@@ -261,7 +272,7 @@ class Backward {
   void dx_tiles(const Group& group, const Slice& slice, const PanelBlock& block, const PanelBlock& next,
                 int64_t worker) {
     const Unit& unit = group.units[block.unit];
-    pack_w1(unit.expert, slice, block, worker);
+    const T* const* rows = unpacked(list_w1(unit.expert, slice, worker), dz_steps(slice), in_.in, block, worker);
     const T* next_weight = in_.first_weight(group.units[next.unit].expert) + slice.begin() * in_.in;
     const NextOperand ahead = columns_of(next_weight, slice.columns(in_.hidden), in_.in, next);
     alignas(64) float tile[kTileSize];
@@ -274,10 +285,10 @@ class Backward {
       } else {
         store_tile<T>(out_.drows + place.row * in_.in + place.column, in_.in, tile, place.rows, place.columns);
       }
-    }, ahead);
+    }, ahead, rows);
   }
 
-  void pack_w1(int64_t expert, const Slice& slice, const PanelBlock& block, int64_t worker) {
+  const T* const* list_w1(int64_t expert, const Slice& slice, int64_t worker) {
     const T** rows = local_rows(worker);
     const int64_t columns = slice.columns(in_.hidden), padded = slice.panels() * kTileColumns;  // dz is packed in panels
     for (int64_t side = 0; side < sides_; ++side, rows += padded) {
@@ -285,9 +296,7 @@ class Backward {
       for (int64_t i = 0; i < columns; ++i) rows[i] = weight + i * in_.in;
       std::fill(rows + columns, rows + padded, nullptr);
     }
-    const int64_t column = block.first * kTileColumns;
-    pack_across<T>(local_rows(worker), column, std::min(in_.in, block.last * kTileColumns) - column, dz_steps(slice),
-                   kTileColumns, local(worker));
+    return local_rows(worker);
   }
 
   // Matrices of all experts, in a larger stack.

@@ -53,7 +53,7 @@ class Forward {
     tokens_ = plan.add<uint32_t>(strips * in_steps_ * kTileRows);
     activations_ = plan.add<uint32_t>(strips * hidden_steps_ * kTileRows);
     outputs_ = plan.add<T>(in_.choices * in_.out);
-    local_stride_ = local_words(std::max(in_steps_ * (in_.gated ? 2 : 1), hidden_steps_), kTileColumns);
+    local_stride_ = operand_words(std::max(in_steps_ * (in_.gated ? 2 : 1), hidden_steps_) * kTileColumns);
     local_ = plan.add<uint32_t>(local_stride_ * torch::stable::get_num_threads());
     return plan;
   }
@@ -98,7 +98,7 @@ class Forward {
     round.run();
   }
 
-  void hidden_tiles(const Unit& unit, const uint32_t* gate_right, const uint32_t* up_right, const PanelBlock& block,
+  void hidden_tiles(const Unit& unit, uint32_t* gate_right, const uint32_t* up_right, const PanelBlock& block,
                     const NextOperand& next) {
     alignas(64) float gate[kTileSize], up[kTileSize];
     const auto* tokens = scratch_.template at<uint32_t>(tokens_);
@@ -130,7 +130,7 @@ class Forward {
     });
   }
 
-  void output_tiles(const Unit& unit, const uint32_t* right, const PanelBlock& block, const NextOperand& next) {
+  void output_tiles(const Unit& unit, uint32_t* right, const PanelBlock& block, const NextOperand& next) {
     alignas(64) float tile[kTileSize];
     T* outputs = scratch_.template at<T>(outputs_);
     const T* bias = in_.second_bias(unit.expert);
