@@ -22,6 +22,8 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr size_t kLargePage = size_t{2} << 20;
+// What follows the last whole large page of a tensor stays in small ones: else it would take up to 2 MiB more than it needs.
+constexpr size_t kTensorStep = size_t{64} << 10;
 constexpr size_t kSmallestTensor = size_t{1} << 20;  // below, torch's own allocation costs no page faults worth saving
 constexpr size_t kDefaultKeptMegabytes = 1024;
 
@@ -34,7 +36,7 @@ struct Block {
 class BlockCache {
  public:
   char* take(size_t bytes) {
-    const size_t rounded = round_up(bytes);
+    const size_t rounded = round_up(bytes, kTensorStep);
     const std::lock_guard lock(mutex_);
     Block block = take_free(rounded);
     if (block.data == nullptr) block = allocate(rounded);
@@ -44,7 +46,7 @@ class BlockCache {
   // For the intermediate results of one call at a time: the largest that was given back, grown if need be, so that a
   // small call and a large one that never overlap do not keep a block each.
   char* take_scratch(size_t bytes) {
-    const size_t rounded = round_up(bytes);
+    const size_t rounded = round_up(bytes, kLargePage);
     const std::lock_guard lock(mutex_);
     Block block{nullptr, 0};
     if (!free_scratch_.empty()) {
@@ -63,8 +65,8 @@ class BlockCache {
   void give_back_scratch(char* data) { give_back(data, free_scratch_); }
 
  private:
-  static size_t round_up(size_t bytes) {
-    return std::max(kLargePage, (bytes + kLargePage - 1) / kLargePage * kLargePage);
+  static size_t round_up(size_t bytes, size_t step) {
+    return std::max(kLargePage, (bytes + step - 1) / step * step);
   }
 
   char* hand_out(Block block) {
@@ -109,12 +111,13 @@ class BlockCache {
   }
 
   static Block allocate(size_t bytes) {
-    auto* data = static_cast<char*>(std::aligned_alloc(kLargePage, bytes));
-    if (data == nullptr) throw std::bad_alloc();
+    void* data = nullptr;
+    if (posix_memalign(&data, kLargePage, bytes) != 0) throw std::bad_alloc();
 #ifdef __linux__
-    madvise(data, bytes, MADV_HUGEPAGE);  // only a hint: 512 times fewer faults where large pages are to be had
+    // Only a hint: 512 times fewer faults where large pages are to be had.
+    madvise(data, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);
 #endif
-    return {data, bytes};
+    return {static_cast<char*>(data), bytes};
   }
 
   const size_t most_free_bytes_ = most_free_bytes();
