@@ -30,7 +30,7 @@ template <typename T>
 void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead = {});
 
 // The same with a right operand that is not packed yet: the kTileColumns columns from `column` on of steps * kPerWord
-// rows. Leaves it packed (pack_across), at no cost where the multiplication takes longer than memory.
+// rows. Leaves it packed, as pack_across would, but reads while it multiplies.
 template <typename T>
 void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const T* const* right, int64_t column,
                            uint32_t* packed, float* tile, Ahead ahead = {});
