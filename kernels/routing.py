@@ -88,7 +88,8 @@ def route_kernel(
         score = score / (x_norm[:, None] * w_norm[None, :])
         tl.store(cosines_ptr + tn, score, mask=mask)
         tl.store(x_norm_ptr + t, x_norm, mask=live)
-        tl.store(w_norm_ptr + n, w_norm, mask=real & (block == 0))
+        if block == 0:
+            tl.store(w_norm_ptr + n, w_norm, mask=real)
     if BIAS != "none":
         bias = tl.load(bias_ptr + n, mask=real, other=0.0).to(tl.float32)
     if BIAS == "score":

@@ -101,7 +101,7 @@ def test_idle_gradients_are_written(monkeypatch):
 def test_tiles_of_other_shapes(gated, tile, monkeypatch):
     """BM, BN and BK differ, so that none can stand in for another; read through pointers, then through descriptors."""
     monkeypatch.setitem(TILES, "interpreter", dict.fromkeys(GEMMS, (tile,)))
-    case = ExpertCase(D=40, H=168, O=24, N=3, K=2, T=60, gated=gated)
+    case = ExpertCase(D=48, H=176, O=32, N=3, K=2, T=60, gated=gated)
     check_experts(KERNELS, case)
     monkeypatch.setattr(KERNELS.experts, "descriptors_usable", lambda *_: True)
     check_experts(KERNELS, case)
@@ -112,7 +112,7 @@ def test_weights_through_descriptors(gated, dtype, monkeypatch):
     """The path of sm90 and newer, whose bounds must keep a tile at an expert's edge from reading the next expert."""
     if DEVICE == "cpu":
         monkeypatch.setattr(KERNELS.experts, "descriptors_usable", lambda *_: True)
-    case = ExpertCase(D=72, H=136, O=40, gated=gated, dtype=dtype)
+    case = ExpertCase(D=80, H=144, O=48, gated=gated, dtype=dtype)
     weights = []
     with observing(lambda launch: weights.append(launch.args.get("w1", launch.args.get("w2")))):
         check_experts(KERNELS, case)

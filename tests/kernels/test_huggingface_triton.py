@@ -1,6 +1,9 @@
 """transformers models on the Triton experts, against transformers' own eager experts in float64."""
 
 import pytest
+
+pytest.importorskip("transformers", minversion="5", reason="transformers 5 brought the experts interface")
+
 import torch
 from hf_models import CONFIGS, choices, error, make_experts, run_experts, run_model, tiny_model
 from kernel_checks import DEVICE
