@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -104,14 +105,24 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
     if not (folder / RECIPE_FILE).exists():
         return _load_dense(cls, folder, dtype)
 
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():  # parameters on the meta device: no time spent on a random init that is overwritten
+    with _empty_weights():
         model = cls(config)
     load_weights(model, folder, dtype=dtype, backend=backend)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _empty_weights() -> contextlib.AbstractContextManager:
+    """Inside, parameters are made on the meta device: no time is spent on a random start that is overwritten.
+
+    Where accelerate, which does that, is not installed, the time is spent.
+    """
+    try:
+        from accelerate import init_empty_weights
+    except ImportError:
+        return contextlib.nullcontext()
+    return init_empty_weights()
 
 
 def load_weights(
@@ -179,7 +190,7 @@ def read_recipe(folder: Path) -> dict:
 
 def _load_dense(cls, folder: Path, dtype: torch.dtype | None) -> nn.Module:
     try:
-        model, report = cls.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+        model, report = cls.from_pretrained(folder, **dtype_option(dtype or "auto"), output_loading_info=True)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {in_one_line(error)}") from error
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
@@ -219,6 +230,12 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(f"{folder} could not be saved, the previous content survives; {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def dtype_option(dtype: torch.dtype | str | None) -> dict:
+    """from_pretrained's argument for the dtype of the weights, which transformers 4.56 renamed."""
+    renamed = Version(_installed_transformers() or "0") >= Version("4.56")
+    return {"dtype" if renamed else "torch_dtype": dtype}
 
 
 def _installed_transformers() -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import CPU_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +16,6 @@ from libmoe_fast import ROUTERS, ConfigError, MoE, Routing, record_routing, scal
 from libmoe_fast.experts import activation_name
 from libmoe_fast.reference import ACTIVATIONS, activate
 
-BACKENDS = ["reference", "cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -70,7 +70,7 @@ UPCYCLED = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (6, 3), (3, 3), (5, 1)], ids=str)  # K = N, K = 1, odd
 @pytest.mark.parametrize(("router", "options"), UPCYCLED)
 def test_upcycled_equals_dense(router, options, num_experts, top_k, backend):
@@ -86,7 +86,7 @@ def test_upcycled_equals_dense(router, options, num_experts, top_k, backend):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("bias", [True, False, (True, False)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gradcheck(activation, gated, bias, backend):
     """float64 finite differences by x, gate weights and every expert tensor; O != D; one expert idle."""
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_gradcheck(activation, gated, bias, backend):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gradcheck_whole_layer(router, backend):
     """Through the router and its auxiliary loss as well."""
     torch.manual_seed(3)
@@ -132,7 +132,7 @@ def test_gradcheck_whole_layer(router, backend):
     experts=st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
     skew=st.sampled_from(["random", "one takes all", "ties"]),
     contiguous=st.booleans(),
-    backend=st.sampled_from(BACKENDS),
+    backend=st.sampled_from(CPU_BACKENDS),
 )
 def test_any_size_and_load(tokens, dims, experts, skew, contiguous, backend):
     """Forward against the per-token definition, gradients against autograd through it, in float64."""
@@ -170,7 +170,7 @@ def test_permuting_tokens_permutes_outputs(router):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_error_is_pytorchs_own(dtype, backend):
     """Against float64 on the same rounded inputs: at most twice the error of a per-expert loop of F.linear."""
     torch.manual_seed(0)
@@ -201,7 +201,7 @@ def test_error_is_pytorchs_own(dtype, backend):
         assert error <= 2 * allowed + 1e-15, f"{name}: {error:.2e}, PyTorch's own {allowed:.2e}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_idle_experts_get_zero_gradients(backend):
     moe = MoE(8, 16, 8, num_experts=4, top_k=1, router="smoe", backend=backend)
     moe.router.weight.data.zero_()  # ties: expert 0 takes all
@@ -334,7 +334,7 @@ def test_aux_scale_stays_float32_and_out_of_checkpoints():
 # Drop-in behaviour
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_no_tokens(backend):
     moe = MoE(8, 16, 4, num_experts=4, top_k=2, backend=backend)
     x = torch.empty(2, 0, 8, requires_grad=True)
@@ -351,12 +351,14 @@ def test_autocast_acts_like_linear(dtype):
     torch.manual_seed(0)
     mlp = sequential()
     moe, x = MoE.from_dense(mlp), torch.randn(4, 16).to(dtype)
+    exact = copy.deepcopy(mlp).double()(x.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, dense = moe(x), mlp(x)
         with record_routing(moe) as recorder:
             moe(x)
     assert y.dtype == dense.dtype == torch.bfloat16
-    torch.testing.assert_close(y, dense)
+    error, allowed = ((v.double() - exact).norm() for v in (y, dense))
+    assert error <= 2 * allowed, f"{error:.2e}, PyTorch's own {allowed:.2e}"
     assert recorder.records[""][0].weights.dtype == torch.float32
     y.sum().backward()
     assert moe.experts.w1.grad.dtype == torch.float32
@@ -373,7 +375,7 @@ def test_records_keep_images_apart():
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_compiles_without_graph_breaks(router, backend):
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -422,7 +424,7 @@ class FusedGatedMLP(nn.Module):
 
 
 @pytest.mark.parametrize("mlp", [GatedMLP, FusedGatedMLP])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gated_mlps_upcycle(mlp, backend):
     torch.manual_seed(0)
     dense, x = mlp(), torch.randn(5, 8)
@@ -470,7 +472,7 @@ def test_bad_arguments(make, message):
         make()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_memory_kept_for_backward(router, backend):
     """At CLIP-L's sizes at most 2TD + 2TKH bytes in bf16, and 1% for the routing: no float32 copy, no [T*K, O]."""

@@ -187,7 +187,7 @@ def test_a_text_only_batch_reports_nothing_stale(model_and_batch):
     model(**inputs)
     assert all(layer.balance_loss is not None for layer in moe_layers(model).values())
     text_only = {k: v for k, v in inputs.items() if k != "pixel_values"}
-    image = model.config.image_token_id
+    image = getattr(model.config, "image_token_id", None) or model.config.image_token_index  # transformers 4.51
     text_only = {k: torch.where(v == image, 5, v) for k, v in text_only.items()}
     model(**text_only).loss.backward()
     assert all(layer.balance_loss is None for layer in moe_layers(model).values())
