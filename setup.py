@@ -1,7 +1,8 @@
 """Builds csrc/ with ninja and maps the top-level folders into the package; pyproject.toml holds everything else.
 
-LIBMOE_FAST_BUILD decides about the C++ extension: unset builds it where a compiler is found, 1 makes a missing
-compiler an error, 0 skips it. Without the extension the pure-PyTorch `reference` backend does everything, only slower.
+LIBMOE_FAST_BUILD decides about the C++ extension: unset builds it where a compiler and torch 2.11 or newer are found,
+1 makes it an error if either is missing, 0 skips it. Without the extension the `reference` and `triton` backends do
+everything; on the CPU only slower.
 LIBMOE_FAST_CUDA decides likewise about its CUDA part (csrc/cuda/): unset builds it where a CUDA toolkit is found.
 """
 
@@ -15,8 +16,10 @@ import setuptools
 
 ROOT = Path(__file__).parent.resolve()
 SETUPTOOLS_FLOOR = 77  # the first to read pyproject.toml's licence expression; torch needs it too
-TORCH_FLOOR = (2, 13)
-# The oldest torch whose stable ABI the library may use: major in the top byte, minor in the next.
+# The oldest torch whose stable ABI has all that csrc/ needs: 2.9 has no TORCH_BOX, parallel_for and strings, 2.10 no
+# from_blob with a deleter. The package itself runs under older ones too (pyproject.toml), without the extension.
+TORCH_FLOOR = (2, 11)
+# What the library may use of a newer torch's headers, too: major in the top byte, minor in the next.
 TORCH_TARGET_VERSION = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
 FOLDERS = ("train", "kernels", "benchmarks")  # of this repository, each a subpackage of libmoe_fast
 BUILDING_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
@@ -27,7 +30,7 @@ libmoe_fast: setuptools {found} is installed, but building needs {floor} or newe
 
 NO_COMPILER = """\
 libmoe_fast: no C++ compiler found ({looked_for}), so the C++ extension is left out.
-  What works without it: everything, on the pure-PyTorch backend `reference`; token permutation on the CPU is slower.
+  What works without it: everything, on the backends `reference` (pure PyTorch) and, on a GPU, `triton`.
   To get it: install g++ 11 or newer (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda
   install gxx), or name another compiler in CXX, and install again.
   LIBMOE_FAST_BUILD=1 makes a missing compiler an error, LIBMOE_FAST_BUILD=0 leaves the extension out silently."""
@@ -35,7 +38,7 @@ libmoe_fast: no C++ compiler found ({looked_for}), so the C++ extension is left 
 COMPILE_FAILED = """\
 libmoe_fast: compiling the C++ extension failed; the compiler's own message is above.
   It needs a C++20 compiler, such as g++ 11 or newer (CXX names another one). LIBMOE_FAST_BUILD=0 installs without the
-  extension: everything then works on the pure-PyTorch backend `reference`; token permutation on the CPU is slower.
+  extension: everything then works on the backends `reference` (pure PyTorch) and, on a GPU, `triton`.
   If nvcc failed: LIBMOE_FAST_CUDA=0 leaves only the CUDA part out."""
 
 NO_CUDA = """\
@@ -43,9 +46,13 @@ libmoe_fast: the CUDA part is left out: {reason}.
   CUDA_HOME names a toolkit; LIBMOE_FAST_CUDA=1 makes this an error, LIBMOE_FAST_CUDA=0 leaves it out silently."""
 
 NO_TORCH = """\
-libmoe_fast: torch {found}, but the C++ extension is built against torch >= {floor}.
+libmoe_fast: torch is not installed here, but the C++ extension is built against it.
   Either install torch first (pip install "torch>={floor}"), or leave out --no-build-isolation, and pip fetches one to
-  build with, or set LIBMOE_FAST_BUILD=0 to install without the extension (pure-PyTorch backend `reference`)."""
+  build with, or set LIBMOE_FAST_BUILD=0 to install without the extension."""
+
+OLD_TORCH = """\
+libmoe_fast: the C++ extension is left out: it needs torch {floor} or newer, and here is {found}. The backends \
+`reference` and, on a GPU, `triton` do everything; LIBMOE_FAST_BUILD=1 makes this an error."""
 
 
 def mapped_packages():
@@ -71,15 +78,19 @@ def find_compiler():
 
 
 def import_torch():
-    """torch, new enough to build against, or exit with one message."""
+    """torch, or None where it is too old to build against, which is reported here, once. Exits where there is none."""
     floor = ".".join(map(str, TORCH_FLOOR))
     try:
         import torch
     except ImportError:
-        sys.exit(NO_TORCH.format(found="is not installed here", floor=floor))
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_FLOOR:
-        sys.exit(NO_TORCH.format(found=f"{torch.__version__} is installed", floor=floor))
-    return torch
+        sys.exit(NO_TORCH.format(floor=floor))
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= TORCH_FLOOR:
+        return torch
+    message = OLD_TORCH.format(found=torch.__version__, floor=floor)
+    if os.environ.get("LIBMOE_FAST_BUILD") == "1":
+        sys.exit(message)
+    print(message, file=sys.stderr)
+    return None
 
 
 def extension_wanted():
@@ -127,8 +138,8 @@ def sources(*patterns):
 def cuda_extension(toolkit, cxx_flags):
     """csrc/cuda/ as a library of its own: a torch without CUDA has no use for it, and never loads it.
 
-    It needs nothing of torch's CUDA libraries, only the stable ABI, and brings the CUDA runtime along: one file runs
-    with every torch that the CPU library runs with, whichever CUDA that is built for.
+    It needs nothing of torch's CUDA libraries but a C function that names the current stream, and brings the CUDA
+    runtime along: one file runs with every torch that the CPU library runs with, whichever CUDA that is built for.
     """
     from torch.utils import cpp_extension
 
@@ -142,8 +153,9 @@ def cuda_extension(toolkit, cxx_flags):
         include_dirs=list(toolkit.include_dirs),
         library_dirs=[toolkit.library_dir],
         libraries=["cudart_static", "dl", "pthread", "rt"],
-        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc},
-        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        extra_compile_args={"cxx": [*cxx_flags, "-DUSE_CUDA"], "nvcc": nvcc},  # USE_CUDA: torch's header declares it
+        # libtorch.so brings that function in from libtorch_cuda.so, which a torch without CUDA that builds this lacks.
+        extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"],
     )
 
 
@@ -152,6 +164,8 @@ def extension_options():
     if not extension_wanted():
         return {}
     torch = import_torch()
+    if torch is None:
+        return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):

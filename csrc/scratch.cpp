@@ -152,9 +152,8 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   if (bytes < kSmallestTensor) {
     AtenTensorHandle tensor = nullptr;
     const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));  // torch's own number
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                           strides.data(), code, aoti_torch_device_type_cpu(), 0,
-                                                           &tensor));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                    code, aoti_torch_device_type_cpu(), 0, &tensor));
     return Tensor(tensor);
   }
   char* data = cache().take(bytes);

@@ -39,7 +39,7 @@ void torch_mm(T* out, const Matrix<T>& left, const Matrix<T>& right) {
   const Tensor result = view(Matrix<T>{out, a.size(0), b.size(1)});
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(result)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes, and drops, the reference that was returned
 }
 

@@ -17,7 +17,7 @@ PERMUTATION_OPS = ("permute_index", "gather", "weighted_scatter", "row_dot")
 OPS = (*PERMUTATION_OPS, "cpu_dispatch", "cpu_dispatch_backward", "cpu_experts", "cpu_experts_backward")
 CUDA_NAME = "_cuda"
 CUDA_OPS = PERMUTATION_OPS
-TORCH_FLOOR = (2, 13)  # as in setup.py
+TORCH_FLOOR = (2, 11)  # as in setup.py; older ones lack a part of the stable ABI that csrc/ needs
 
 _REBUILD = (
     "rebuild it against the torch that is installed: in a checkout `pip install --no-build-isolation --no-deps -e .`, "
@@ -27,7 +27,10 @@ _BUILD = (
     "install g++ 11 or newer (apt install g++) and install libmoe_fast again; with LIBMOE_FAST_BUILD=1 an extension "
     "that cannot be built is an error"
 )
-
+_UPGRADE = (
+    f'pip install "torch>={".".join(map(str, TORCH_FLOOR))}" and install libmoe_fast again; without it the backends '
+    "`reference` and, on a GPU, `triton` do everything"
+)
 _BUILD_CUDA = (
     "install a CUDA toolkit (nvcc; CUDA_HOME names its folder) and install libmoe_fast again; with LIBMOE_FAST_CUDA=1 "
     "a CUDA part that cannot be built is an error"
@@ -49,6 +52,10 @@ class ExtensionState:
 def load() -> ExtensionState:
     """Loads the extension, once per process. Never raises: whatever went wrong is in the state it returns."""
     path = find(Path(__file__).parent)
+    if _torch_version() < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        reason = f"the C++ extension needs torch {floor} or newer, and here is {torch.__version__}"
+        return ExtensionState(loaded=False, path=path and str(path), reason=reason, hint=_UPGRADE)
     if path is None:
         return ExtensionState(
             loaded=False, reason="the C++ extension was not built when libmoe_fast was installed", hint=_BUILD
@@ -89,12 +96,17 @@ def load_file(path: Path, ops: tuple[str, ...] = OPS, device: str = "CPU") -> Ex
         missing = [op for op in ops if not _has_kernel(op, device)]
     except Exception as error:  # a broken library must not break `import libmoe_fast`: its state says what broke
         return ExtensionState(
-            loaded=False, path=str(path), reason=_why(path, built_with, error), hint=_hint(), built_with=built_with
+            loaded=False, path=str(path), reason=_why(path, built_with, error), hint=_REBUILD, built_with=built_with
         )
     if missing:
         reason = f"{path.name} is older than this libmoe_fast: it has no op {', '.join(missing)}"
         return ExtensionState(loaded=False, path=str(path), reason=reason, hint=_REBUILD, built_with=built_with)
     return ExtensionState(loaded=True, path=str(path), built_with=built_with)
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _has_kernel(op: str, device: str) -> bool:
@@ -112,10 +124,3 @@ def _why(path: Path, built_with: str | None, error: Exception) -> str:
     if built_with is None:
         return f"{path.name} is not a library of libmoe_fast, or it is cut short: {error}"
     return f"{path.name}, built with torch {built_with}, does not load with torch {torch.__version__}: {error}"
-
-
-def _hint() -> str:
-    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
-    if version and tuple(map(int, version.groups())) < TORCH_FLOOR:
-        return f'install torch {".".join(map(str, TORCH_FLOOR))} or newer (pip install "torch>=2.13")'
-    return _REBUILD

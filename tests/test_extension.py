@@ -329,11 +329,12 @@ def test_a_library_that_does_not_load_names_both_torch_versions(tmp_path):
     assert "--no-build-isolation" in state.hint
 
 
-def test_an_old_torch_is_the_thing_to_replace(tmp_path, monkeypatch):
-    path = tmp_path / "_cpu.abi3.so"
-    path.write_bytes(MARKER)
-    monkeypatch.setattr(torch, "__version__", "2.12.1")
-    assert "install torch 2.13 or newer" in extension.load_file(path).hint
+def test_an_old_torch_is_named_and_its_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    state = extension.load.__wrapped__()
+    assert not state.loaded
+    assert "needs torch 2.11 or newer, and here is 2.10.1" in state.reason
+    assert 'pip install "torch>=2.11"' in state.hint
 
 
 def test_a_foreign_file_is_told_apart(tmp_path):

@@ -22,15 +22,16 @@ namespace {
 // Makes the device of a tensor the current one while it lives, and knows torch's stream there.
 class Stream {
  public:
-  explicit Stream(const Tensor& tensor)
-      : guard_(tensor.get_device_index()),
-        stream_(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
+  explicit Stream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    // stable::accelerator::Stream gives its native handle from torch 2.13 on only.
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &handle_));
+  }
 
-  void* handle() const { return stream_.nativeHandle(); }
+  void* handle() const { return handle_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  torch::stable::accelerator::Stream stream_;
+  void* handle_ = nullptr;
 };
 
 void require_launched(const ArgumentCheck& check, const char* error) {
