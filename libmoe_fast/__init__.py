@@ -1,5 +1,12 @@
 """libmoe_fast: fast Mixture-of-Experts layers to swap into an existing LLaVA (LibMoE, arXiv 2411.00918)."""
 
+from pathlib import Path
+
+# In a checkout, kernels/, train/ and benchmarks/ lie beside this folder: so they are found without an installation,
+# with nothing but PYTHONPATH. An installed package has them inside (setup.py).
+if (Path(__file__).parents[1] / "setup.py").is_file():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from libmoe_fast.checkpoint import load_model, save_model
 from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, DataError, LibMoEError
 from libmoe_fast.experts import Experts

@@ -1,6 +1,5 @@
 """`libmoe-fast doctor`: what is installed, what works here, and for what does not, why and what to do."""
 
-import importlib.metadata
 import json as jsonlib
 import os
 import platform
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from libmoe_fast import extension, ops
+from libmoe_fast import compatibility, extension, ops
 
 # Distributions the package and its extras use; the optional ones may well be absent.
 PACKAGES = (
@@ -25,6 +24,7 @@ PACKAGES = (
     "deepspeed",
     "jsonargparse",
     "lmms-eval",
+    "filelock",
     "megablocks",
 )
 
@@ -35,7 +35,8 @@ def collect() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: compatibility.installed_version(name) for name in PACKAGES},
+        "known_problems": [{"problem": p.problem, "mend": p.mend} for p in compatibility.problems()],
         "extension": _extension(extension.load()),
         "cuda_extension": _extension(extension.load_cuda()),
         "backends": {
@@ -51,13 +52,6 @@ def run(*, json: bool = False) -> int:
     report = collect()
     print(jsonlib.dumps(report, indent=2) if json else "\n".join(_lines(report)))
     return 0 if any(backend["usable"] for backend in report["backends"].values()) else 1
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _extension(state: extension.ExtensionState) -> dict:
@@ -101,6 +95,9 @@ def _tool(command: str) -> dict | None:
 def _lines(report: dict) -> Iterator[str]:
     yield f"libmoe_fast {report['packages']['libmoe_fast'] or '(not installed)'}"
     yield from _section("versions", {"python": report["python"], **report["packages"]}, absent="not installed")
+    for known in report["known_problems"]:
+        yield f"  !  {known['problem']}"
+        yield f"     what to do: {known['mend']}"
     yield from _section("C++ extension", _extension_rows(report["extension"]))
     yield from _section("C++ extension, CUDA part", _extension_rows(report["cuda_extension"]))
     backends = {name: backend["problem"] or "usable" for name, backend in report["backends"].items()}

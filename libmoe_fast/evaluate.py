@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from libmoe_fast import compatibility
 from libmoe_fast.analysis.results import FORMAT, RESULTS, ROUTING, read_results
 from libmoe_fast.errors import CheckpointError, ConfigError, LibMoEError
 from libmoe_fast.files import write_atomically
@@ -166,8 +167,15 @@ def _find_tasks(tasks: Sequence[str], include_path: Sequence[str]):
     for folder in include_path:
         if not Path(folder).is_dir():
             raise ConfigError(f"no folder {folder} to include tasks from")
-    _quiet_lmms_eval()
-    from lmms_eval.tasks import TaskManager
+    try:
+        _quiet_lmms_eval()
+        from lmms_eval.tasks import TaskManager
+    except ImportError as error:
+        known = [problem for problem in compatibility.problems() if "lmms-eval" in problem.problem]
+        raise ConfigError(
+            f"evaluation needs lmms-eval, which cannot be imported here ({error}): "
+            + (" ".join(map(str, known)) or "pip install 'libmoe_fast[eval]'")
+        ) from error
 
     paths = [str(Path(folder).resolve()) for folder in include_path]
     manager = TaskManager(include_path=paths, include_defaults=False, model_name="libmoe_fast")

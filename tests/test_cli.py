@@ -9,6 +9,7 @@ import types
 import pytest
 import yaml
 
+from libmoe_fast import compatibility
 from libmoe_fast.cli import main
 
 pytest.importorskip("jsonargparse")
@@ -155,6 +156,17 @@ def test_interruption_is_130(monkeypatch, capsys):
     assert "saved at step 7" in capsys.readouterr().err
 
 
+def test_an_evaluation_that_cannot_start_names_the_versions_at_fault(fails, checkpoints, monkeypatch):
+    """filelock 4 beside lmms-eval 0.7.3: its import error alone tells nobody what to do."""
+    pytest.importorskip("lmms_eval")
+    bad = compatibility.Problem(problem="lmms-eval 0.7.3 with filelock 4.3.1", mend='pip install "filelock<4"')
+    monkeypatch.setattr(compatibility, "problems", lambda: [bad])
+    monkeypatch.setitem(sys.modules, "lmms_eval.tasks", None)  # importing it raises ImportError
+    line = fails("evaluate", checkpoints / "smoe" / "final", "--tasks", "pope")
+    assert "lmms-eval 0.7.3 with filelock 4.3.1" in line
+    assert 'pip install "filelock<4"' in line
+
+
 def test_doctor_json(capsys):
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backends"]["reference"]["usable"]
@@ -207,6 +219,6 @@ def test_help_imports_nothing_heavy():
         "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
         f"sys.exit([m for m in {heavy} if m in sys.modules] or None)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "--optim.lr" in done.stdout

@@ -1,10 +1,11 @@
-"""One wheel for every torch: builds it against torch 2.13 and tests that same file under 2.13 and under the torch here.
+"""One wheel for every torch: builds it against the oldest torch it is for, and tests that same file under that one and
+under the torch here.
 
     .venv/bin/python tests/abi/check.py
 
-The builder's environment is .abi-venv beside .venv; it is made on the first run and reused. Everything else happens in
-a temporary folder, so the checkout is left as it is and is not what gets tested. Prints one line per check; exit
-status 0 means that all of them hold.
+The builder's environment, environments/floor.lock, is .abi-venv beside .venv; it is made on the first run and reused.
+Everything else happens in a temporary folder, so the checkout is left as it is and is not what gets tested. Prints one
+line per check; exit status 0 means that all of them hold.
 """
 
 import os
@@ -19,11 +20,10 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOOR = "2.13"
-# LIBMOE_FAST_ABI_TORCH may name another build of the same series, for instance one without CUDA.
-FLOOR_TORCH = os.environ.get("LIBMOE_FAST_ABI_TORCH", "torch==2.13.0")
-BUILDER_NEEDS = ("setuptools>=77", "wheel", "ninja", "numpy", "safetensors", "pytest", "hypothesis")
-NOT_SOURCES = (".git", ".venv", ".abi-venv", "runs", "build", "dist", "__pycache__", "*.egg-info", "*.so")
+LOCK = ROOT / "environments" / "floor.lock"
+NOT_SOURCES = (".*", "runs", "build", "dist", "__pycache__", "*.egg-info", "*.so")
+HAS_CUDA = "import torch; print(torch.version.cuda is not None)"
+SHOW_CUDA = "from libmoe_fast import extension as e; state = e.load_cuda(); print('loaded' if state.loaded else state)"
 
 
 class CheckError(Exception):
@@ -80,10 +80,10 @@ def builder_python() -> Path:
     python = folder / "bin" / "python"
     if not (folder / "bin" / "pip").exists():
         venv.create(folder, with_pip=True)
-    run(python, "-m", "pip", "install", "--quiet", FLOOR_TORCH, *BUILDER_NEEDS)
-    version = torch_version(python)
-    if not version.startswith(f"{FLOOR}."):
-        raise CheckError(f".abi-venv has torch {version}, expected {FLOOR}; delete the folder and run this again")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--requirement", LOCK, PIP_CONSTRAINT=str(LOCK))
+    locked = re.search(r"^torch==(\S+)", LOCK.read_text(), re.MULTILINE)[1]
+    if torch_version(python).partition("+")[0] != locked:
+        raise CheckError(f".abi-venv has torch {torch_version(python)}, expected {locked}; delete the folder")
     return python
 
 
@@ -156,6 +156,11 @@ def check_under(python: Path, wheel: Path, work: Path) -> None:
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_extension.py")
     tests = run(*pytest, cwd=place, PYTHONPATH=str(target))
     passed(f"torch {version}: the wheel's own library, {tests.strip().splitlines()[-1]}")
+    if any(target.glob("libmoe_fast/_cuda*.so")) and run(python, "-c", HAS_CUDA).strip() == "True":
+        seen = run(python, "-c", SHOW_CUDA, cwd=place, PYTHONPATH=str(target)).strip()
+        if seen != "loaded":
+            raise CheckError(f"under torch {version} the CUDA part does not load: {seen}")
+        passed(f"torch {version}: the wheel's own CUDA part loads")
 
 
 def check_without_compiler(builder: Path, source: Path, work: Path) -> None:
