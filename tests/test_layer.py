@@ -91,9 +91,9 @@ def test_gradcheck(activation, gated, bias, backend):
     """float64 finite differences by x, gate weights and every expert tensor; O != D; one expert idle."""
     torch.manual_seed(0)
     moe = MoE(
-        5,
-        6,
+        3,
         4,
+        2,
         num_experts=4,
         top_k=2,
         activation=activation,
@@ -103,7 +103,7 @@ def test_gradcheck(activation, gated, bias, backend):
         backend=backend,
     )
     index = torch.tensor([[0, 3], [3, 1], [1, 0]])  # expert 2 idles
-    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
 
     def outputs(x, weights, *_):
