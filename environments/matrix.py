@@ -2,13 +2,15 @@
 
     .tools/bin/python environments/matrix.py [NAME ...] [--fresh]        make matrix
 
-Each row has an environment of its own in .matrix, kept for the next run, where setup.py builds the package as for a
-user there, C++ extension included where that torch can have it. The tests run on that build, not on the checkout.
-Prints a table, and writes it to .matrix/table.md. Exit status 0: no test failed.
+Each row has an environment of its own in .matrix, where setup.py builds the package as for a user there, C++ extension
+included where that torch can have it. The tests run on that build, not on the checkout. Prints a table, and writes it
+to .matrix/table.md. Exit status 0: no test failed. Environments and results are kept: a run that was interrupted goes
+on, and what passed with the same sources and tests is not run again; --fresh makes all of it anew.
 A row whose Python is not on this machine is reported as not run.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -60,6 +62,7 @@ COLUMNS = {
     "layers": ("test_layer", "test_routers", "test_losses"),
     "upcycle, checkpoint": ("test_upcycle", "test_checkpoint", "test_huggingface"),
     "ops, CPU engine": ("test_ops", "test_extension", "test_cpu_engine", "test_cpu_routing"),
+    "launches, races": ("test_launches", "test_race"),
 }
 KERNELS = "kernels (interpreter)"
 
@@ -122,10 +125,43 @@ def run(row: Row, *, fresh: bool) -> dict[str, str]:
         print(shown.stderr)
         return {"Python": row.python, "extension": f"error: {shown.stderr.strip().splitlines()[-1]}"}
     result = json.loads(shown.stdout)
+    passed = Passed(folder / "passed.json", package, result)
     for column, files in COLUMNS.items():
-        result[column] = test(venv, package, environment, *(f"tests/{name}.py" for name in files))
-    result[KERNELS] = test(venv, package, {**environment, "TRITON_INTERPRET": "1"}, "tests/kernels")
+        tests = [f"tests/{name}.py" for name in files]
+        result[column] = passed.before(column, tests) or passed.now(column, test(venv, package, environment, *tests))
+    environment["TRITON_INTERPRET"] = "1"
+    kernels = [str(path.relative_to(package)) for path in sorted(package.glob("tests/kernels/test_*.py"))]
+    result[KERNELS] = passed.before(KERNELS, kernels) or passed.now(KERNELS, test(venv, package, environment, *kernels))
     return result
+
+
+class Passed:
+    """What passed before in a row, with the same sources, tests and versions: column -> (fingerprint, the count)."""
+
+    def __init__(self, file: Path, package: Path, versions: dict[str, str]) -> None:
+        self.file, self.package, self.versions = file, package, json.dumps(versions)
+        self.known = json.loads(file.read_text()) if file.is_file() else {}
+        self.fingerprint = ""
+
+    def before(self, column: str, tests: list[str]) -> str | None:
+        others = {f"tests/{name}.py" for names in COLUMNS.values() for name in names} - set(tests)
+        digest = hashlib.sha256(self.versions.encode())
+        for path in [*sorted(self.package.rglob("*.py")), *sorted((ROOT / "csrc").rglob("*.[ch]*"))]:
+            name = str(path.relative_to(self.package if path.is_relative_to(self.package) else ROOT))
+            if name not in others:
+                digest.update(name.encode() + path.read_bytes())
+        self.fingerprint = digest.hexdigest()
+        fingerprint, count = self.known.get(column, ("", ""))
+        if fingerprint != self.fingerprint:
+            return None
+        print(f"{column}: {count}, before", flush=True)
+        return count
+
+    def now(self, column: str, count: str) -> str:
+        if "failed" not in count and "error" not in count:
+            self.known[column] = (self.fingerprint, count)
+            self.file.write_text(json.dumps(self.known, indent=1))
+        return count
 
 
 def find_python(version: str) -> str | None:

@@ -52,7 +52,7 @@ class ExtensionState:
 def load() -> ExtensionState:
     """Loads the extension, once per process. Never raises: whatever went wrong is in the state it returns."""
     path = find(Path(__file__).parent)
-    if _torch_version() < TORCH_FLOOR:
+    if torch_version() < TORCH_FLOOR:
         floor = ".".join(map(str, TORCH_FLOOR))
         reason = f"the C++ extension needs torch {floor} or newer, and here is {torch.__version__}"
         return ExtensionState(loaded=False, path=path and str(path), reason=reason, hint=_UPGRADE)
@@ -104,7 +104,7 @@ def load_file(path: Path, ops: tuple[str, ...] = OPS, device: str = "CPU") -> Ex
     return ExtensionState(loaded=True, path=str(path), built_with=built_with)
 
 
-def _torch_version() -> tuple[int, int]:
+def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
 

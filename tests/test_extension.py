@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from libmoe_fast import extension
 
+pytestmark = pytest.mark.skipif(
+    extension.torch_version() < extension.TORCH_FLOOR, reason="this torch is too old for the extension (setup.py)"
+)
 STATE = extension.load()
 OPS = torch.ops.libmoe_fast
 
