@@ -4,8 +4,8 @@
 
 The launches that a layer makes are observed, not run, and each is compiled ahead of time with all its tiles. The table
 says what came out: registers, spilled bytes, shared memory, occupancy, tensor-core instructions and TMA loads. Exit
-code 1 on any spill, a GEMM without tensor-core instructions, shared memory over the chip's limit, or a weight that an
-architecture with TMA does not read through it.
+code 1 on any spill, a GEMM without tensor-core instructions, shared memory over the chip's limit, a weight that an
+architecture with TMA does not read through it, or a buffer that is overwritten while a product reads it (race.py).
 """
 
 import argparse
@@ -28,6 +28,7 @@ from libmoe_fast import extension
 
 from . import cuda_library
 from .primitives import INTERPRETED
+from .race import races
 from .run import Launch, fitted
 from .shapes import SHAPES, SPECS, Shape, layer_launches
 from .tiles import DESCRIPTOR_ARCHITECTURES, TILES, WEIGHTS
@@ -98,6 +99,7 @@ class Row:
     occupancy: float = 0.0
     tensor_core: int = 0
     tma: int = 0
+    races: tuple[str, ...] = ()
     error: str = ""
 
     @property
@@ -110,6 +112,7 @@ class Row:
             "no tensor-core instruction": self.job.gemm and self.tensor_core == 0,
             f"shared memory {self.shared} over {limit}": self.shared > limit,
             "no TMA load": self.job.descriptor and self.tma == 0,
+            f"race: {', '.join(self.races)} overwritten while a product reads it": bool(self.races),
         }
         return [failure for failure, failed in found.items() if failed]
 
@@ -224,6 +227,7 @@ def read_cuda(job: Job, chip: Chip, compiled) -> Row:
         occupancy=occupancy(chip, registers, compiled.metadata.shared, job.warps * 32),
         tensor_core=len(re.findall(chip.tensor_core, code)),
         tma=len(re.findall(r"\bUTMALDG\b", code)),
+        races=tuple(races(compiled.asm["ttgir"])),
     )
 
 
@@ -356,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m libmoe_fast.kernels.aot",
         description=__doc__.split("\n\n")[0],
-        epilog="Exit code 1 on any spill, GEMM without tensor cores, or shared memory over the limit.",
+        epilog="Exit code 1 on any spill, race, GEMM without tensor cores, or shared memory over the limit.",
     )
     parser.add_argument("--arch", choices=CHIPS, nargs="+", default=list(CHIPS), help="architectures (all)")
     parser.add_argument(
