@@ -29,7 +29,7 @@ from libmoe_fast import extension
 from . import cuda_library
 from .primitives import INTERPRETED
 from .race import races
-from .run import Launch, fitted
+from .run import COMPILER_OPTIONS, Launch, fitted
 from .shapes import SHAPES, SPECS, Shape, layer_launches
 from .tiles import DESCRIPTOR_ARCHITECTURES, TILES, WEIGHTS
 
@@ -142,18 +142,19 @@ def job(launch: Launch, arch: str, shape: str, router: str, meta: dict, warps: i
     """A launch as Triton's just-in-time compiler would specialise it: its arguments' types, constants, alignments."""
     args = {k: v for k, v in launch.args.items() if k not in ("num_warps", "num_stages")} | meta
     constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
+    general = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature, constants, aligned = {}, {}, []
     for name in launch.kernel.arg_names:
         value = args[name]
         if (
             name in constexprs
             or value is None
-            or (isinstance(value, int) and value == 1 and not isinstance(value, bool))
+            or (isinstance(value, int) and value == 1 and not isinstance(value, bool) and name not in general)
         ):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = argument_type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in general):
             aligned.append(name)
     return Job(
         kernel=launch.name,
@@ -200,9 +201,8 @@ def compile_job(job: Job) -> Row:
     )
     chip = CHIPS[job.arch]
     try:
-        compiled = triton.compile(
-            source, target=chip.target, options={"num_warps": job.warps, "num_stages": job.stages}
-        )
+        options = {"num_warps": job.warps, "num_stages": job.stages, **COMPILER_OPTIONS}
+        compiled = triton.compile(source, target=chip.target, options=options)
         read = read_hip if chip.target.backend == "hip" else read_cuda
         return read(job, chip, compiled)
     # Triton's passes raise many kinds of errors; the gate reports them all as what they are.

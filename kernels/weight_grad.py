@@ -6,13 +6,12 @@
 An idle expert's rows are none, its loop runs zero times, and its gradient is written as zero.
 """
 
-import triton
 import triton.language as tl
 
-from .primitives import cast, dot, swizzle
+from .primitives import cast, dot, gemm_jit, swizzle
 
 
-@triton.jit
+@gemm_jit
 def weight_grad_kernel(
     left_ptr,
     right_ptr,
@@ -23,6 +22,7 @@ def weight_grad_kernel(
     db_ptr,
     M,
     C,
+    rows_log2,
     K: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     GATHER_RIGHT: tl.constexpr,
