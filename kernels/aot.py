@@ -4,8 +4,8 @@
 
 The launches that a layer makes are observed, not run, and each is compiled ahead of time with all its tiles. The table
 says what came out: registers, spilled bytes, shared memory, occupancy, tensor-core instructions and TMA loads. Exit
-code 1 on any spill, a GEMM without tensor-core instructions, shared memory over the chip's limit, or a weight that an
-architecture with TMA does not read through it.
+code 1 on any spill, a GEMM without tensor-core instructions, shared memory over the chip's limit, a weight that an
+architecture with TMA does not read through it, or a buffer that is overwritten while a product reads it (race.py).
 """
 
 import argparse
@@ -28,7 +28,8 @@ from libmoe_fast import extension
 
 from . import cuda_library
 from .primitives import INTERPRETED
-from .run import Launch, fitted
+from .race import races
+from .run import COMPILER_OPTIONS, Launch, fitted
 from .shapes import SHAPES, SPECS, Shape, layer_launches
 from .tiles import DESCRIPTOR_ARCHITECTURES, TILES, WEIGHTS
 
@@ -98,6 +99,7 @@ class Row:
     occupancy: float = 0.0
     tensor_core: int = 0
     tma: int = 0
+    races: tuple[str, ...] = ()
     error: str = ""
 
     @property
@@ -110,6 +112,7 @@ class Row:
             "no tensor-core instruction": self.job.gemm and self.tensor_core == 0,
             f"shared memory {self.shared} over {limit}": self.shared > limit,
             "no TMA load": self.job.descriptor and self.tma == 0,
+            f"race: {', '.join(self.races)} overwritten while a product reads it": bool(self.races),
         }
         return [failure for failure, failed in found.items() if failed]
 
@@ -139,18 +142,19 @@ def job(launch: Launch, arch: str, shape: str, router: str, meta: dict, warps: i
     """A launch as Triton's just-in-time compiler would specialise it: its arguments' types, constants, alignments."""
     args = {k: v for k, v in launch.args.items() if k not in ("num_warps", "num_stages")} | meta
     constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
+    general = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature, constants, aligned = {}, {}, []
     for name in launch.kernel.arg_names:
         value = args[name]
         if (
             name in constexprs
             or value is None
-            or (isinstance(value, int) and value == 1 and not isinstance(value, bool))
+            or (isinstance(value, int) and value == 1 and not isinstance(value, bool) and name not in general)
         ):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = argument_type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in general):
             aligned.append(name)
     return Job(
         kernel=launch.name,
@@ -197,9 +201,8 @@ def compile_job(job: Job) -> Row:
     )
     chip = CHIPS[job.arch]
     try:
-        compiled = triton.compile(
-            source, target=chip.target, options={"num_warps": job.warps, "num_stages": job.stages}
-        )
+        options = {"num_warps": job.warps, "num_stages": job.stages, **COMPILER_OPTIONS}
+        compiled = triton.compile(source, target=chip.target, options=options)
         read = read_hip if chip.target.backend == "hip" else read_cuda
         return read(job, chip, compiled)
     # Triton's passes raise many kinds of errors; the gate reports them all as what they are.
@@ -224,6 +227,7 @@ def read_cuda(job: Job, chip: Chip, compiled) -> Row:
         occupancy=occupancy(chip, registers, compiled.metadata.shared, job.warps * 32),
         tensor_core=len(re.findall(chip.tensor_core, code)),
         tma=len(re.findall(r"\bUTMALDG\b", code)),
+        races=tuple(races(compiled.asm["ttgir"])),
     )
 
 
@@ -356,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m libmoe_fast.kernels.aot",
         description=__doc__.split("\n\n")[0],
-        epilog="Exit code 1 on any spill, GEMM without tensor cores, or shared memory over the limit.",
+        epilog="Exit code 1 on any spill, race, GEMM without tensor cores, or shared memory over the limit.",
     )
     parser.add_argument("--arch", choices=CHIPS, nargs="+", default=list(CHIPS), help="architectures (all)")
     parser.add_argument(

@@ -211,12 +211,13 @@ def weight_grad(
         db_ptr=db,
         M=M,
         C=C,
+        rows_log2=rows_log2(permuted),
         K=top_k or weights.shape[1],
         GATHER_LEFT=gather == "left",
         GATHER_RIGHT=gather == "right",
         WEIGH_BIAS=weights is not None,
         BIAS=db is not None,
-        PRECISION=precision(),
+        PRECISION=precision(left.dtype),
     )
     return dw, db
 
@@ -226,10 +227,16 @@ def gemm_arguments(x: Tensor, permuted: Permuted, num_experts: int) -> dict:
         "device": x.device,
         "itemsize": x.element_size(),
         "offsets_ptr": permuted.offsets,
+        "rows_log2": rows_log2(permuted),
         "N": num_experts,
         "NP": triton.next_power_of_2(num_experts),
-        "PRECISION": precision(),
+        "PRECISION": precision(x.dtype),
     }
+
+
+def rows_log2(permuted: Permuted) -> int:
+    """The power of two of the number of rows T*K: as many tuned tiles as there are of these, not one for all T."""
+    return permuted.order.shape[0].bit_length() - 1
 
 
 def persistent(rows: int, num_experts: int, columns: int, device: torch.device):
@@ -242,6 +249,8 @@ def persistent(rows: int, num_experts: int, columns: int, device: torch.device):
     return grid
 
 
-def precision() -> str:
-    """tf32 in float32 GEMMs only where the user allowed it."""
-    return "tf32" if not INTERPRETED and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """tf32 in float32 GEMMs only where the user allowed it, by torch's old switch (allow_tf32) or its new one."""
+    if dtype != torch.float32 or INTERPRETED:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -13,7 +13,17 @@ another expert's K-loop. Rows are read through pointers, since gathered rows can
 import triton
 import triton.language as tl
 
-from .primitives import activate, activation_slope, cast, count_row_tiles, dot, find_row_tile, halves, swizzle
+from .primitives import (
+    activate,
+    activation_slope,
+    cast,
+    count_row_tiles,
+    dot,
+    find_row_tile,
+    gemm_jit,
+    halves,
+    swizzle,
+)
 
 
 @triton.jit
@@ -60,7 +70,7 @@ def product(
     return acc
 
 
-@triton.jit
+@gemm_jit
 def up_kernel(
     x_ptr,
     w1,
@@ -71,6 +81,7 @@ def up_kernel(
     a_ptr,
     D,
     H,
+    rows_log2,
     N: tl.constexpr,
     NP: tl.constexpr,
     K: tl.constexpr,
@@ -170,7 +181,7 @@ def up_epilogue(
     tl.store(a_ptr + first * H + row[:, None] * H + h[None, :], cast(a, a_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@gemm_jit
 def down_kernel(
     a_ptr,
     w2,
@@ -179,6 +190,7 @@ def down_kernel(
     y_ptr,
     H,
     O,
+    rows_log2,
     N: tl.constexpr,
     NP: tl.constexpr,
     BIAS: tl.constexpr,
@@ -207,7 +219,7 @@ def down_kernel(
         tl.store(y_ptr + first * O + row[:, None] * O + o[None, :], cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@gemm_jit
 def dz_kernel(
     dy_ptr,
     w2,
@@ -221,6 +233,7 @@ def dz_kernel(
     dw_parts_ptr,
     H,
     O,
+    rows_log2,
     N: tl.constexpr,
     NP: tl.constexpr,
     K: tl.constexpr,
@@ -326,7 +339,7 @@ def rows_dot(a_ptr, a_rows, live, vector_ptr, C, BM: tl.constexpr, BK: tl.conste
     return total
 
 
-@triton.jit
+@gemm_jit
 def dx_kernel(
     dz_ptr,
     w1,
@@ -337,6 +350,7 @@ def dx_kernel(
     dweights_ptr,
     D,
     H1,
+    rows_log2,
     PARTS: tl.constexpr,
     PARTS_P: tl.constexpr,
     N: tl.constexpr,

@@ -12,6 +12,9 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
+# A GEMM's `rows_log2` is there for the tuner, which chooses a tile by it; the kernel is the same for all its values.
+gemm_jit = triton.jit(do_not_specialize=["rows_log2"])
+
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):

@@ -17,6 +17,8 @@ from torch import Tensor
 from .primitives import INTERPRETED
 from .tiles import DESCRIPTOR_ARCHITECTURES, TILES, TUNING_KEYS, WEIGHTS
 
+# Said at every compilation: what Triton does by default changes between 3.8 and 3.10.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
 INTERPRETER_PROGRAMS = 3  # fewer than tiles, so that the persistent loop is exercised
 
 
@@ -77,14 +79,22 @@ def run(
         _observation.seen(launch)
         if _observation.architecture is not None:
             return
-    if gemm is None:
-        kernel[grid](**args)
-    elif INTERPRETED:
-        (tile,) = TILES["interpreter"][gemm]
-        sized = args | tile.meta(itemsize)
-        kernel[grid(sized)](**sized | fitted(sized, gemm))
-    else:
-        _tuned(kernel, gemm, itemsize, architecture(device))[grid](**args)
+    with on_device(device):
+        if gemm is None:
+            kernel[grid](**args, **COMPILER_OPTIONS)
+        elif INTERPRETED:
+            (tile,) = TILES["interpreter"][gemm]
+            sized = args | tile.meta(itemsize)
+            kernel[grid(sized)](**sized | fitted(sized, gemm))
+        else:
+            _tuned(kernel, gemm, itemsize, architecture(device))[grid](**args, **COMPILER_OPTIONS)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, the tensors' GPU is the current one, where Triton launches: with device_map="auto" it often is not."""
+    if INTERPRETED or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.cache

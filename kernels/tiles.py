@@ -71,13 +71,13 @@ WEIGHTS = {
     "dx": ("w1", ("BK", "BN")),
 }
 
-# What a tuned choice depends on: the arguments of the kernel that fix its work per row.
+# What a tuned choice depends on: the arguments of the kernel that fix its work per row, and about how many rows it has.
 TUNING_KEYS = {
-    "up": ["D", "H", "N", "K"],
-    "up_gated": ["D", "H", "N", "K"],
-    "down": ["H", "O", "N"],
-    "dz": ["H", "O", "N", "K"],
-    "dz_gated": ["H", "O", "N", "K"],
-    "dx": ["D", "H1", "N"],
-    "weight_grad": ["M", "C"],
+    "up": ["D", "H", "N", "K", "rows_log2"],
+    "up_gated": ["D", "H", "N", "K", "rows_log2"],
+    "down": ["H", "O", "N", "rows_log2"],
+    "dz": ["H", "O", "N", "K", "rows_log2"],
+    "dz_gated": ["H", "O", "N", "K", "rows_log2"],
+    "dx": ["D", "H1", "N", "rows_log2"],
+    "weight_grad": ["M", "C", "rows_log2"],
 }

@@ -6,13 +6,12 @@
 An idle expert's rows are none, its loop runs zero times, and its gradient is written as zero.
 """
 
-import triton
 import triton.language as tl
 
-from .primitives import cast, dot, swizzle
+from .primitives import cast, dot, gemm_jit, swizzle
 
 
-@triton.jit
+@gemm_jit
 def weight_grad_kernel(
     left_ptr,
     right_ptr,
@@ -23,6 +22,7 @@ def weight_grad_kernel(
     db_ptr,
     M,
     C,
+    rows_log2,
     K: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     GATHER_RIGHT: tl.constexpr,
@@ -63,7 +63,10 @@ def weight_grad_kernel(
         dw = dot(tl.trans(left), right, dw, PRECISION)
         if BIAS:
             if c_tile == 0:
-                terms = left.to(tl.float32)
+                # Loaded again. One value that feeds the dot and other arithmetic has one buffer in shared memory, which
+                # the next rows are copied into while sm90's wgmma still reads it (triton issue 6691; see race.py).
+                again = left_ptr + left_rows[:, None] * M + m[None, :]
+                terms = tl.load(again, mask=live[:, None] & (m[None, :] < M), other=0.0).to(tl.float32)
                 if WEIGH_BIAS:
                     terms = terms * tl.load(weights_ptr + choice, mask=live, other=0.0)[:, None]
                 db += tl.sum(terms, 0)
