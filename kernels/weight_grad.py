@@ -63,8 +63,8 @@ def weight_grad_kernel(
         dw = dot(tl.trans(left), right, dw, PRECISION)
         if BIAS:
             if c_tile == 0:
-                # Loaded again. One value that feeds the dot and other arithmetic has one buffer in shared memory, which
-                # the next rows are copied into while sm90's wgmma still reads it (triton issue 6691; see race.py).
+                # Loaded again. A value that feeds the dot and other arithmetic gets a buffer too few in shared memory:
+                # the next rows are copied into the one that sm90's wgmma still reads (triton issue 6691; see race.py).
                 again = left_ptr + left_rows[:, None] * M + m[None, :]
                 terms = tl.load(again, mask=live[:, None] & (m[None, :] < M), other=0.0).to(tl.float32)
                 if WEIGH_BIAS:
