@@ -33,7 +33,7 @@ _NARROW = Tile(BM=128, BN=64, BK=64, stages=3)
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm80": {
         **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
-        "weight_grad": (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=128, BN=64, BK=64, warps=4, stages=3)),
+        "weight_grad": (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=64, BN=128, BK=32, warps=4, stages=4)),
     },
     # A gated up holds two accumulators, dz an epilogue's worth of registers: no wide tiles for them.
     "sm90": {
