@@ -39,7 +39,7 @@ help:
 	@echo "make install      only set up .venv and install the package there"
 	@echo "make locked       check that .venv holds exactly what its lock file says"
 	@echo "make lock         move the lock files to the newest versions (LOCK_ARGS=--keep: only what has to move)"
-	@echo "make latest       run the tests on the newest versions, in .latest, and list what moved since the lock"
+	@echo "make latest       run tests and gate on the newest versions, in .latest, and list what moved since the lock"
 	@echo "make matrix       run the tests on old and new versions of torch and transformers, each in an environment"
 	@echo "make clean        remove build products; make distclean: the environments as well"
 	@echo

@@ -4,9 +4,9 @@
 
 1. Holds the lock against pyproject.toml's ranges and against what is known to be bad.
 2. Resolves the ranges anew, and lists what moved since the lock.
-3. Sets up the result in .latest, apart from .venv, and runs `make test` there.
+3. Sets up the result in .latest, apart from .venv, and runs `make test` and `make gate` there.
 
-Exit status 0: the lock is sound, and the tests pass with the newest versions; `make lock` may move it there.
+Exit status 0: the lock is sound, and both pass with the newest versions; `make lock` may move it there.
 """
 
 import argparse
@@ -97,13 +97,13 @@ def main() -> int:
 
     make = ["make", "--no-print-directory", f"VENV={FOLDER / environment.name}", f"LOCK={newest_lock}"]
     make += ["CPU=1"] if environment.name == "cpu" else []
-    passed = subprocess.run([*make, "test"], cwd=ROOT).returncode == 0
-    print(f"\n{environment.name}: the tests {'pass' if passed else 'FAIL'} with the newest versions.")
-    if not passed and rows:
+    failed = [f"make {target}" for target in ("test", "gate") if subprocess.run([*make, target], cwd=ROOT).returncode]
+    print(f"\n{environment.name}, newest versions: {' and '.join(failed) + ' FAILED' if failed else 'all pass'}.")
+    if failed and rows:
         print(f"Moved since the lock:\n\n{table(rows)}")
-    if passed and rows and not wrong:
+    if rows and not failed and not wrong:
         print("To move the lock there: make lock")
-    return 0 if passed and not wrong else 1
+    return 1 if failed or wrong else 0
 
 
 if __name__ == "__main__":
