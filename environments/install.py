@@ -66,6 +66,7 @@ class Setup:
         self.environment, self.venv, self.lock = environment, venv, lock
         self.python = venv / "bin" / "python"
         self.stamps = venv / ".setup"
+        self.kind = f"{environment}, Python {sys.version_info[0]}.{sys.version_info[1]}"
 
     def steps(self) -> list[Step]:
         locked = self.lock.read_text()
@@ -75,7 +76,7 @@ class Setup:
         )
         choices = [os.environ.get(name, "") for name in ("LIBMOE_FAST_BUILD", "LIBMOE_FAST_CUDA", "CXX", "CUDA_HOME")]
         return [
-            Step("virtual environment", f"{self.environment} {sys.version_info[:2]}", self.make_venv),
+            Step("virtual environment", self.kind, self.make_venv),
             Step("build tools", locked, self.install_tools),
             Step("torch", locked, self.install_torch),
             Step("all other packages", locked, self.install_packages),
@@ -83,8 +84,8 @@ class Setup:
         ]
 
     def run(self) -> None:
+        self.refuse_another_environment()
         steps = self.steps()
-        self.refuse_another_environment(steps[0].made_from)
         done = ""
         for number, step in enumerate(steps, 1):
             done = hashlib.sha256((done + step.made_from).encode()).hexdigest()  # of this step and all before it
@@ -101,14 +102,14 @@ class Setup:
             except KeyboardInterrupt:
                 raise SetupError(f"interrupted in step {number} of {len(steps)} ({step.name}).") from None
 
-    def refuse_another_environment(self, asked: str) -> None:
+    def refuse_another_environment(self) -> None:
         """The folder may hold an environment of another kind or Python, complete or not."""
-        kind = self.venv / ".kind"
-        there = kind.read_text() if kind.is_file() else asked
-        if there != asked:
+        file = self.venv / ".kind"
+        there = file.read_text() if file.is_file() else self.kind
+        if there != self.kind:
             raise SetupError(
-                f"{self.venv.name} is an environment for `{there}`, and this command asks for `{asked}`. Ask for the "
-                "same (CPU=1, PYTHON=...), or start afresh with: make distclean."
+                f"{self.venv.name} is an environment `{there}`, and this command asks for `{self.kind}`: ask for the "
+                "same (CPU=1, PYTHON=...), or start afresh with make distclean."
             )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class Setup:
     def make_venv(self) -> None:
         if not (self.venv / "bin" / "pip").exists():
             self.call(sys.executable, "-m", "venv", self.venv)
-        (self.venv / ".kind").write_text(f"{self.environment} {sys.version_info[:2]}")
+        (self.venv / ".kind").write_text(self.kind)
 
     def install_tools(self) -> None:
         if subprocess.run([self.python, "-m", "pip", "--version"], capture_output=True).returncode != 0:

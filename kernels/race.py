@@ -23,74 +23,81 @@ COPIES = ("async_copy_global_to_local", "async_tma_copy_global_to_local", "local
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Code:
-    """lines: of a kernel, without their locations. definitions: value -> the operation that makes it."""
+class _Loop:
+    """before: the lines above a loop that its names are seen from, so without other loops' bodies, where the same names
+    stand for other values. body: its own lines, without those of loops inside it.
+    """
 
-    lines: list[str]
-    definitions: dict[str, str]
+    before: list[str]
+    body: list[str]
 
-    def buffer(self, value: str) -> str:
-        """The allocation that `value` is a view of."""
-        while any(view in self.definitions.get(value, "") for view in VIEWS):
-            value = re.search(r"%[\w#]+", self.definitions[value])[0]
-        return value
-
-    def buffers(self, allocation: str) -> int:
-        """How many buffers an allocation holds; 0 where it is none: an argument of the loop, a value in registers."""
-        found = re.match(ALLOCATION, self.definitions.get(allocation, ""))
-        sizes = found[1].split("x") if found else []
-        return int(sizes[0]) if len(sizes) > 2 else len(sizes) // 2  # [B, rows, columns]; [rows, columns] is one
-
-    def copied(self, line: str) -> set[str]:
-        """The allocations that a line copies into."""
-        if not any(copy in line for copy in COPIES):
-            return set()
-        return {self.buffer(value) for value in re.findall(r"%[\w#]+", line.partition(" = ")[2] or line)}
+    def definitions(self) -> dict[str, str]:
+        """Value -> the operation that makes it."""
+        pattern = re.compile(r"\s*(%[\w#]+)(?::\d+)? = (.*)")
+        return {found[1]: found[2] for line in (*self.before, *self.body) if (found := pattern.match(line))}
 
 
 def races(ttgir: str) -> list[str]:
     """The buffers of a kernel that are overwritten while a product may still read them."""
     lines = [re.sub(r" loc\(.*$", "", line) for line in ttgir.splitlines()]
-    pattern = re.compile(r"\s*(%[\w#]+)(?::\d+)? = (.*)")
-    code = _Code(lines=lines, definitions={m[1]: m[2] for line in lines if (m := pattern.match(line))})
-    return sorted({buffer for loop in _loops(lines) for buffer in _races_of(loop, code)})
+    return sorted({buffer for loop in _loops(lines) for buffer in _races_of(loop)})
 
 
-def _loops(lines: list[str]) -> list[list[int]]:
-    """The lines of each loop's body, without loops inside it. A loop ends where a brace closes at its own depth."""
+def _loops(lines: list[str]) -> list[_Loop]:
+    """A loop ends where a brace closes at its own depth."""
     spans = []
     for start, line in enumerate(lines):
         if re.search(r"\bscf\.(for|while)\b", line):
             depth = len(line) - len(line.lstrip())
             closing = (i for i in range(start + 1, len(lines)) if re.match(rf" {{{depth}}}}}", lines[i]))
             spans.append((start, next(closing, len(lines))))
-    return [
-        [
-            i
-            for i in range(start + 1, stop)
-            if not any(start < inner <= i <= end < stop for inner, end in spans if (inner, end) != (start, stop))
-        ]
-        for start, stop in spans
-    ]
+    loops = []
+    for start, stop in spans:
+        above = [(a, b) for a, b in spans if b < start]
+        inside = [(a, b) for a, b in spans if start < a and b < stop]
+        loops.append(
+            _Loop(
+                before=[lines[i] for i in range(start) if not any(a < i <= b for a, b in above)],
+                body=[lines[i] for i in range(start + 1, stop) if not any(a <= i <= b for a, b in inside)],
+            )
+        )
+    return loops
 
 
-def _races_of(loop: list[int], code: _Code) -> list[str]:
-    body = [(i, code.lines[i]) for i in loop]
-    waits = [int(n) for _, line in body for n in re.findall(r"warp_group_dot_wait.*pendings = (\d+)", line)]
-    products = [(i, line) for i, line in body if "warp_group_dot " in line and "isAsync = true" in line]
-    if not products or not waits:
+def _races_of(loop: _Loop) -> list[str]:
+    waits = [int(n) for line in loop.body for n in re.findall(r"warp_group_dot_wait.*pendings = (\d+)", line)]
+    products = [i for i, line in enumerate(loop.body) if "warp_group_dot " in line and "isAsync = true" in line]
+    if not products or not waits or min(waits) == 0:
         return []
     in_flight = math.ceil(min(waits) / len(products))  # steps whose products may not be done
-    if in_flight == 0:
-        return []
-    found = []
-    for place, line in products:
-        for value in re.search(r"warp_group_dot (%[\w#]+), (%[\w#]+)", line).groups():
-            buffer = code.buffer(value)
-            copies = [i for i, other in body if buffer in code.copied(other)]
-            if code.buffers(buffer) == 0 or not copies:
-                continue
-            ahead = sum(buffer in code.copied(other) for other in code.lines[: loop[0]])
-            if code.buffers(buffer) < ahead + in_flight + (min(copies) < place):
+    definitions, found = loop.definitions(), []
+    for place in products:
+        for value in re.search(r"warp_group_dot (%[\w#]+), (%[\w#]+)", loop.body[place]).groups():
+            buffer = _buffer(value, definitions)
+            copies = [i for i, line in enumerate(loop.body) if buffer in _copied(line, definitions)]
+            buffers = _buffers(definitions.get(buffer, ""))
+            ahead = sum(buffer in _copied(line, definitions) for line in loop.before)
+            if buffers and copies and buffers < ahead + in_flight + (min(copies) < place):
                 found.append(buffer)
     return found
+
+
+def _buffer(value: str, definitions: dict[str, str]) -> str:
+    """The allocation that `value` is a view of."""
+    while any(view in definitions.get(value, "") for view in VIEWS):
+        value = re.search(r"%[\w#]+", definitions[value])[0]
+    return value
+
+
+def _buffers(definition: str) -> int:
+    """How many buffers an allocation holds; 0 for what is none: an argument of the loop, a value in registers."""
+    found = re.match(ALLOCATION, definition)
+    sizes = found[1].split("x") if found else []
+    return int(sizes[0]) if len(sizes) > 2 else len(sizes) // 2  # [B, rows, columns]; [rows, columns] is one
+
+
+def _copied(line: str, definitions: dict[str, str]) -> set[str]:
+    """The allocations that a line copies into."""
+    if not any(copy in line for copy in COPIES):
+        return set()
+    return {_buffer(value, definitions) for value in re.findall(r"%[\w#]+", line.partition(" = ")[2] or line)}

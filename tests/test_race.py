@@ -35,10 +35,24 @@ def column_sums_kernel(a_ptr, b_ptr, c_ptr, sums_ptr, R, AGAIN: tl.constexpr, B:
     tl.store(sums_ptr + column, sums)
 
 
-def ttgir(again: bool) -> str:
-    names = column_sums_kernel.arg_names
+@triton.jit
+def two_products_kernel(a_ptr, b_ptr, c_ptr, sums_ptr, R, AGAIN: tl.constexpr, B: tl.constexpr):
+    """C [B, B] = A^T B, then B^T A added to it: two loops, in whose bodies the compiler uses the same names."""
+    column = tl.arange(0, B)
+    c = tl.zeros((B, B), tl.float32)
+    for r0 in range(0, R, 64):
+        at = (r0 + tl.arange(0, 64))[:, None] * B + column[None, :]
+        c = tl.dot(tl.trans(tl.load(a_ptr + at)), tl.load(b_ptr + at), c)
+    for r0 in range(0, R, 64):
+        at = (r0 + tl.arange(0, 64))[:, None] * B + column[None, :]
+        c = tl.dot(tl.trans(tl.load(b_ptr + at)), tl.load(a_ptr + at), c)
+    tl.store(c_ptr + column[:, None] * B + column[None, :], c)
+
+
+def ttgir(kernel=column_sums_kernel, *, again: bool = False) -> str:
+    names = kernel.arg_names
     source = ASTSource(
-        fn=column_sums_kernel,
+        fn=kernel,
         signature={
             **dict.fromkeys(("a_ptr", "b_ptr"), "*bf16"),
             **dict.fromkeys(("c_ptr", "sums_ptr"), "*fp32"),
@@ -60,4 +74,11 @@ def test_a_planted_race_is_found():
 def test_two_buffers_are_no_race():
     code = ttgir(again=True)
     assert "isAsync = true" in code  # there is something that a copy could overtake
+    assert races(code) == []
+
+
+def test_names_belong_to_their_loop():
+    """The buffers of one loop are not taken for those of the next, whose values have the same names."""
+    code = ttgir(two_products_kernel)
+    assert code.count("isAsync = true") == 2
     assert races(code) == []
