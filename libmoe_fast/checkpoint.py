@@ -8,7 +8,6 @@ saved the stock way.
 
 import contextlib
 import errno
-import importlib.metadata
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from libmoe_fast.compatibility import installed_version
 from libmoe_fast.errors import CheckpointError, in_one_line
 from libmoe_fast.files import sync, sync_tree
 from libmoe_fast.layer import MoE
@@ -68,7 +68,7 @@ def _save_swapped(model: nn.Module, folder: Path, layers: dict[str, MoE], state_
     recipe = {
         "layout": LAYOUT,
         "version": VERSION,
-        "transformers": _installed_transformers(),
+        "transformers": installed_version("transformers"),
         "layers": {name: layer.config() for name, layer in layers.items()},
     }
     (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=1))
@@ -156,7 +156,7 @@ def load_weights(
     if missing or unexpected:
         raise CheckpointError(
             f"{folder} does not fit {type(model).__name__}: {_differences(missing, unexpected)}"
-            f"saved with transformers {recipe.get('transformers')}, here is {_installed_transformers()}"
+            f"saved with transformers {recipe.get('transformers')}, here is {installed_version('transformers')}"
         )
     return model
 
@@ -190,7 +190,7 @@ def read_recipe(folder: Path) -> dict:
 
 def _load_dense(cls, folder: Path, dtype: torch.dtype | None) -> nn.Module:
     try:
-        model, report = cls.from_pretrained(folder, **dtype_option(dtype or "auto"), output_loading_info=True)
+        model, report = cls.from_pretrained(folder, **_dtype_option(dtype or "auto"), output_loading_info=True)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {in_one_line(error)}") from error
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
@@ -232,17 +232,10 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def dtype_option(dtype: torch.dtype | str | None) -> dict:
+def _dtype_option(dtype: torch.dtype | str | None) -> dict:
     """from_pretrained's argument for the dtype of the weights, which transformers 4.56 renamed."""
-    renamed = Version(_installed_transformers() or "0") >= Version("4.56")
+    renamed = Version(installed_version("transformers") or "0") >= Version("4.56")
     return {"dtype" if renamed else "torch_dtype": dtype}
-
-
-def _installed_transformers() -> str | None:
-    try:
-        return importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _differences(missing, unexpected) -> str:
