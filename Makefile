@@ -24,6 +24,8 @@ MATRIX_ARGS ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 export OMP_NUM_THREADS ?= 1
+# Byte code is compiled by the first process that imports a file, not again by each of some hundred.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test bench lint gate sanitize wheel-check doctor install locked lock latest matrix clean distclean
 

@@ -49,6 +49,7 @@ def register_transformers() -> None:
             f"transformers 5 or newer, with its experts interface, is not usable here ({error}); "
             "pip install 'transformers>=5'"
         ) from error
+    torch.compiler.assume_constant_result(recognise)  # here, not as a decorator: it imports torch's whole compiler
     ExpertsInterface.register(NAME, experts_forward)
 
 
@@ -128,9 +129,11 @@ def deinterleave(rows: Tensor) -> Tensor:
 _recognised: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
 def recognise(module: nn.Module) -> str:
-    """The name of a module's activation, found once per act_fn. Raises ConfigError for other experts than ours."""
+    """The name of a module's activation, found once per act_fn; a constant to torch.compile (register_transformers).
+
+    Raises ConfigError for other experts than ours.
+    """
     act = getattr(module, "act_fn", None)  # some gates have none
     known = _recognised.get(module)
     if known is None or known[0] is not act:
