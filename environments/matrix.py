@@ -38,7 +38,7 @@ class Row:
 ROWS = (
     Row(name="2.9", python="3.10", packages=("torch==2.9.*", "transformers==4.51.*", "numpy<2.4")),
     Row(name="2.11", python="3.12", packages=("torch==2.11.*", "transformers==4.57.*", "numpy<2.4")),
-    Row(name="2.13", python="3.11", packages=("torch==2.13.*", "transformers==5.0.*", "numpy<2.4")),
+    Row(name="2.13", python="3.11", packages=("torch==2.13.*", "transformers==5.7.*", "numpy<2.4")),
     Row(name="newest", python="3.13", packages=("torch", "transformers", "numpy")),
     Row(name="newest-3.14", python="3.14", packages=("torch", "transformers", "numpy")),
 )

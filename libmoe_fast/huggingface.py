@@ -13,15 +13,20 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from libmoe_fast import ops
+from libmoe_fast.compatibility import installed_version
 from libmoe_fast.errors import BackendError, ConfigError
 from libmoe_fast.layer import autocast_dtype, autocast_off
 from libmoe_fast.reference import ACTIVATIONS, accumulation_dtype, activate
 from libmoe_fast.spec import Routing
 
 NAME = "libmoe_fast"
+TRANSFORMERS_FLOOR = Version("5.7")
+NO_TRANSFORMERS = f"transformers {TRANSFORMERS_FLOOR} or newer, whose experts interface takes ours, is not usable here \
+({{reason}}); pip install 'transformers>={TRANSFORMERS_FLOOR}'"
 
 # What transformers' decorator says of an experts class, and what holds where its version does not say it yet.
 TRAITS = {
@@ -40,15 +45,16 @@ def register_transformers() -> None:
     """Makes `experts_implementation="libmoe_fast"` known to transformers. Calling it again changes nothing.
 
     The backend is chosen per call as for every layer (see ops.py): LIBMOE_FAST_BACKEND, else the fastest for the
-    device. Raises BackendError where transformers is missing, or older than its experts interface.
+    device. Raises BackendError where transformers is missing, or older than 5.7: 5.0 brought the experts interface, but
+    refuses implementations that are not its own.
     """
+    found = installed_version("transformers")
     try:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
-        raise BackendError(
-            f"transformers 5 or newer, with its experts interface, is not usable here ({error}); "
-            "pip install 'transformers>=5'"
-        ) from error
+        raise BackendError(NO_TRANSFORMERS.format(reason=error)) from error
+    if Version(found or "0") < TRANSFORMERS_FLOOR:
+        raise BackendError(NO_TRANSFORMERS.format(reason=f"found {found}"))
     torch.compiler.assume_constant_result(recognise)  # here, not as a decorator: it imports torch's whole compiler
     ExpertsInterface.register(NAME, experts_forward)
 

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     AriaTextConfig,
@@ -47,9 +49,6 @@ CONFIGS = {
     "olmoe": lambda: OlmoeConfig(  # another activation, and K = N
         **SIZES, intermediate_size=12, num_experts=4, num_experts_per_tok=4, hidden_act="gelu_pytorch_tanh"
     ),
-    "aria": lambda: AriaTextConfig(  # transposed weights
-        **SIZES, intermediate_size=20, moe_num_experts=5, moe_topk=2, moe_num_shared_experts=1
-    ),
     "nemotron_h": lambda: NemotronHConfig(  # experts without a gate
         **{key: value for key, value in SIZES.items() if key != "num_hidden_layers"},
         layers_block_type=["moe", "attention", "moe"],
@@ -61,6 +60,10 @@ CONFIGS = {
         moe_shared_expert_intermediate_size=12,
     ),
 }
+if Version(transformers.__version__) >= Version("5.18"):  # before, its experts were not on the interface
+    CONFIGS["aria"] = lambda: AriaTextConfig(  # transposed weights
+        **SIZES, intermediate_size=20, moe_num_experts=5, moe_topk=2, moe_num_shared_experts=1
+    )
 
 
 def tiny_model(name: str, implementation: str) -> PreTrainedModel:
@@ -135,7 +138,7 @@ def make_experts(
         is_transposed=transposed,
         has_bias=bias,
         has_gate=gated,
-        has_post_expert_norm=post_norm,
+        **({"has_post_expert_norm": True} if post_norm else {}),  # since transformers 5.20
     )(Experts)
     torch.manual_seed(0)
     return decorated(SimpleNamespace(_experts_implementation="libmoe_fast"))

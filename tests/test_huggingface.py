@@ -1,11 +1,12 @@
 """transformers models on our experts: equal to transformers' own implementations, or refused. CPU backends."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 
-pytest.importorskip("transformers", minversion="5", reason="transformers 5 brought the experts interface")
+pytest.importorskip("transformers", minversion="5.7", reason="older ones take no experts but their own")
 
 import torch
 from backends import CPU_BACKENDS
@@ -22,6 +23,7 @@ from hf_models import (
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from libmoe_fast import BackendError, ConfigError, huggingface, ops
@@ -235,6 +237,10 @@ def test_gpt_oss_is_refused():
         model(input_ids=torch.tensor([[3, 4]]))
 
 
+@pytest.mark.skipif(
+    "has_post_expert_norm" not in inspect.signature(use_experts_implementation).parameters,
+    reason="transformers 5.20 brought these experts",
+)
 def test_post_expert_norm_is_refused():
     with pytest.raises(ConfigError, match="normalizes each expert's output"):
         make_experts(post_norm=True)(*choices(tokens=3))
@@ -274,7 +280,7 @@ def test_register_twice_is_once():
     register_transformers()
     assert list(ALL_EXPERTS_FUNCTIONS).count("libmoe_fast") == 1
     assert ALL_EXPERTS_FUNCTIONS["libmoe_fast"] is experts_forward
-    assert tiny_model("mixtral", "libmoe_fast").get_experts_implementation() == {"": "libmoe_fast"}
+    assert tiny_model("mixtral", "libmoe_fast").config._experts_implementation == "libmoe_fast"
 
 
 @pytest.mark.parametrize("missing", ["transformers.integrations.moe", "transformers"])
@@ -282,7 +288,14 @@ def test_transformers_missing_or_too_old(missing, monkeypatch):
     for name in [name for name in sys.modules if name == missing or name.startswith("transformers.integrations")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)  # importing it raises ImportError
-    with pytest.raises(BackendError, match=r"transformers 5 or newer.*pip install"):
+    with pytest.raises(BackendError, match=r"transformers 5.7 or newer.*pip install"):
+        register_transformers()
+
+
+def test_an_interface_that_takes_no_other_experts(monkeypatch):
+    """transformers 5.0 to 5.6 list the implementations that they accept; registering ours would only fail at load."""
+    monkeypatch.setattr(huggingface, "installed_version", lambda name: "5.6.2")
+    with pytest.raises(BackendError, match=r"5.7 or newer.*found 5.6.2.*pip install"):
         register_transformers()
 
 
