@@ -19,9 +19,12 @@ from .routing import route_kernel
 from .routing_backward import route_backward_kernel, router_grad_kernel, router_reduce_kernel
 from .run import run
 
-BLOCK_TOKENS = 32  # tokens per block of the routing kernels
+BLOCK_TOKENS = 32  # tokens per block of the routing kernels, at most
+BLOCK_SCORES = 2048  # and their scores [tokens, N], which stay in registers
+STEP_EXPERTS = 32  # in the products of backward, whose operands all lie in registers
 BLOCK_CHOICES = 256  # choices per block, where another router made them
-FORWARD_STEP, BACKWARD_STEP = 128, 64  # columns of x per step of the routing kernels
+PERMUTE_PROGRAMS = 512  # at most: each reads what all blocks counted, so their number must not grow with T
+FORWARD_STEP, BACKWARD_STEP = 256, 128  # bytes of a row of x per step of the routing kernels
 SPLIT_TOKENS = 1024  # tokens per part of the router's weight gradient
 
 
@@ -80,14 +83,14 @@ def pointers(tensors: NamedTuple) -> dict[str, Tensor | None]:
 
 
 def spec_arguments(spec: RouterSpec, inputs: RouterInputs, temperature: float, block: int, step: int) -> dict:
-    """The compile-time arguments that both directions of routing share."""
-    depth = inputs.x.shape[1]
+    """The arguments that both directions of routing share. step: bytes of a row of x."""
+    depth, NP = inputs.x.shape[1], padded_experts(spec.num_experts)
     return {
         "D": depth,
         "temperature": temperature,
         "tau": spec.tau,
         "N": spec.num_experts,
-        "NP": padded_experts(spec.num_experts),
+        "NP": NP,
         "K": spec.top_k,
         "KP": triton.next_power_of_2(spec.top_k),
         "COSINE": spec.score == "cosine",
@@ -97,18 +100,25 @@ def spec_arguments(spec: RouterSpec, inputs: RouterInputs, temperature: float, b
         "NOISE": spec.noise if inputs.noise is not None else "off",
         "LEARNED_TEMPERATURE": inputs.temperature is not None,
         "BT": block,
-        "BD": depth_step(depth, spec.num_experts, step),
-        "num_warps": 4,
+        "BD": depth_step(inputs.x, spec.num_experts, step),
     }
 
 
-def depth_step(depth: int, num_experts: int, step: int) -> int:
-    """Columns of x per step, at most `step`, such that [N, columns] stays in registers."""
-    return max(16, min(step, triton.next_power_of_2(depth), 2048 // padded_experts(num_experts)))
+def depth_step(x: Tensor, num_experts: int, step: int) -> int:
+    """Columns of x per step of `step` bytes, 16 at least; fewer with many experts: [N, columns] stays in registers."""
+    most = max(32, 2048 // padded_experts(num_experts))
+    return max(16, min(step // x.element_size(), triton.next_power_of_2(x.shape[1]), most))
 
 
-def block_tokens(length: int) -> int:
-    return min(BLOCK_TOKENS, max(16, triton.next_power_of_2(length)))
+def block_tokens(length: int, num_experts: int) -> int:
+    """Tokens per block; 16 rows are the fewest that a product takes."""
+    tokens = min(BLOCK_TOKENS, BLOCK_SCORES // padded_experts(num_experts), triton.next_power_of_2(length))
+    return max(16, tokens)
+
+
+def blocks_per_program(blocks: int) -> int:
+    """How many blocks a program of permute takes: a power of two, as each value is compiled for itself."""
+    return triton.next_power_of_2(triton.cdiv(blocks, PERMUTE_PROGRAMS))
 
 
 def dispatch(
@@ -125,7 +135,7 @@ def dispatch(
     x, N, K = inputs.x, spec.num_experts, spec.top_k
     T, device = x.shape[0], x.device
     length = T // sequences
-    block = block_tokens(length)
+    block = block_tokens(length, N)
     blocks = sequences * triton.cdiv(length, block)
 
     def floats(*shape: int) -> Tensor:
@@ -149,13 +159,15 @@ def dispatch(
         length=length,
         noise_std=spec.noise_std,
         OVER_TOPK=over_topk,
+        num_warps=4 if N <= 128 else 8,  # the scores of a block, [tokens, N], take their registers
         **spec_arguments(spec, inputs, temperature, block, FORWARD_STEP),
     )
+    per = blocks_per_program(blocks)
     permuted = Permuted(integers(T * K), integers(T * K), integers(N + 1))
     values = LossValues(floats(3), floats(N), floats(sequences, N))
     run(
         permute_kernel,
-        (blocks + 1,),
+        (triton.cdiv(blocks, per) + 1,),
         device=device,
         index_ptr=routed.index,
         **pointers(sums),
@@ -171,8 +183,10 @@ def dispatch(
         LOSSES=True,
         OVER_TOPK=over_topk,
         BT=block,
+        PER=per,
         BLOCKS=choices_per_step(N),
         CHOICES=choices_per_step(N),
+        SEQUENCES=min(choices_per_step(N), triton.next_power_of_2(sequences)),
         num_warps=4,
     )
     return routed, permuted, values
@@ -183,13 +197,14 @@ def permute(index: Tensor, num_experts: int) -> Permuted:
     choices, device, NP = index.numel(), index.device, padded_experts(num_experts)
     step = min(choices_per_step(num_experts), BLOCK_CHOICES)
     blocks = triton.cdiv(choices, BLOCK_CHOICES)
+    per = blocks_per_program(blocks)
     counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=device)
     permuted = Permuted(index.new_empty(choices), index.new_empty(choices), index.new_empty(num_experts + 1))
     sizes = {"N": num_experts, "NP": NP, "BT": BLOCK_CHOICES, "CHOICES": step, "num_warps": 4}
     run(count_kernel, (blocks,), device=device, index_ptr=index, counts_ptr=counts, choices=choices, **sizes)
     run(
         permute_kernel,
-        (blocks + 1,),
+        (triton.cdiv(blocks, per) + 1,),
         device=device,
         index_ptr=index,
         **pointers(BlockSums(counts, None, None, None)),
@@ -202,7 +217,9 @@ def permute(index: Tensor, num_experts: int) -> Permuted:
         K=1,
         LOSSES=False,
         OVER_TOPK=False,
+        PER=per,
         BLOCKS=step,
+        SEQUENCES=1,
         **sizes,
     )
     return permuted
@@ -243,7 +260,7 @@ def dispatch_backward(
     (T, D), device = x.shape, x.device
     sequences = first_share.shape[0]
     length = T // sequences
-    block = block_tokens(length)
+    block = block_tokens(length, N)
     blocks = sequences * triton.cdiv(length, block)
     learned_noise = routed.noise_scale is not None
 
@@ -256,6 +273,7 @@ def dispatch_backward(
     dw_norm = floats(blocks, N, needed=spec.score == "cosine")
     dtemperature_parts = floats(blocks, needed=inputs.temperature is not None)
     arguments = spec_arguments(spec, inputs, temperature, block, BACKWARD_STEP)
+    warps = 4 if N < 64 else 8  # fewer would not hold what is [tokens, N] here
     run(
         route_backward_kernel,
         (blocks,),
@@ -282,12 +300,14 @@ def dispatch_backward(
         ATTACH=aux_scale is not None,
         DLOSSES=dlosses is not None,
         HAS_DXS=dxs is not None,
+        BN=min(STEP_EXPERTS, padded_experts(N)),
+        num_warps=warps,
         **arguments,
     )
 
-    BD, splits = depth_step(D, N, BACKWARD_STEP), triton.cdiv(T, SPLIT_TOKENS)
+    BD, splits = depth_step(x, N, BACKWARD_STEP), triton.cdiv(T, SPLIT_TOKENS)
     parts = floats(splits, N * (2 if learned_noise else 1), D)
-    sizes = {"N": N, "NP": padded_experts(N), "LEARNED_NOISE": learned_noise, "BD": BD, "num_warps": 4}
+    sizes = {"N": N, "NP": padded_experts(N), "LEARNED_NOISE": learned_noise, "BD": BD, "num_warps": warps}
     run(
         router_grad_kernel,
         (triton.cdiv(D, BD), splits),
@@ -327,6 +347,7 @@ def dispatch_backward(
         COSINE=spec.score == "cosine",
         BIAS=spec.bias != "none",
         LEARNED_TEMPERATURE=inputs.temperature is not None,
+        BLOCKS=choices_per_step(N),
         **sizes,
     )
     return grads

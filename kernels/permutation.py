@@ -3,8 +3,9 @@
     index [T, K], counts [blocks, N] -> offsets [N + 1], order [T*K], inverse [T*K]
     first, prob_sums [blocks, N], z_sums [blocks] -> losses (aux, balance, z), share [N], first_share [S, N]
 
-Each program adds up the counts of the blocks before its own, and ranks its own choices: no atomics, no host sync.
-The last program adds up the loss sums, in block order.
+Each program adds up the counts of the blocks before its own, and ranks its own choices: no atomics, no host sync. A
+program takes PER blocks, so that not every block adds up all of them. The last one adds up the loss sums, in a fixed
+order.
 """
 
 import triton
@@ -34,11 +35,16 @@ def permute_kernel(
     LOSSES: tl.constexpr,
     OVER_TOPK: tl.constexpr,
     BT: tl.constexpr,
+    PER: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHOICES: tl.constexpr,
+    SEQUENCES: tl.constexpr,
 ):
-    """Grid: the blocks of route_kernel, and one for the losses. BLOCKS, CHOICES: rows of a step of the two loops."""
-    block = tl.program_id(0)
+    """Grid: one for every PER blocks of route_kernel, and one for the losses.
+
+    Per step BLOCKS, of at most SEQUENCES sequences where that matters, and CHOICES.
+    """
+    block = tl.program_id(0) * PER  # the first of this program
     per_sequence = tl.cdiv(length, BT)
     blocks = per_sequence * sequences
     n = tl.arange(0, NP)
@@ -54,8 +60,8 @@ def permute_kernel(
     start = tl.cumsum(total, 0) - total  # offsets [NP]
 
     if block < blocks:
-        t0 = (block // per_sequence).to(tl.int64) * length + (block % per_sequence) * BT
-        choices = tl.minimum(BT, length - (block % per_sequence) * BT) * K
+        t0 = first_token(block, length, BT)
+        choices = (first_token(tl.minimum(block + PER, blocks), length, BT) - t0).to(tl.int32) * K
         place = start + before
         for c0 in range(0, choices, CHOICES):
             c = c0 + tl.arange(0, CHOICES)
@@ -88,7 +94,16 @@ def permute_kernel(
                 K,
                 OVER_TOPK,
                 BT,
+                BLOCKS,
+                SEQUENCES,
             )
+
+
+@triton.jit
+def first_token(block, length, BT: tl.constexpr):
+    """Of a block of route_kernel, which never crosses from one sequence to the next; T for the block after the last."""
+    per_sequence = tl.cdiv(length, BT)
+    return (block // per_sequence).to(tl.int64) * length + (block % per_sequence) * BT
 
 
 @triton.jit
@@ -109,8 +124,10 @@ def finish_losses(
     K: tl.constexpr,
     OVER_TOPK: tl.constexpr,
     BT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
 ):
-    """Loss sums of the blocks, in block order -> losses, share, first_share. total [NP]: choices per expert."""
+    """Loss sums of the blocks -> losses, share, first_share, SEQUENCES at a time. total [NP]: choices per expert."""
     n = tl.arange(0, NP)
     real = n < N
     per_sequence = tl.cdiv(length, BT)
@@ -118,17 +135,22 @@ def finish_losses(
     tokens = length * sequences
     balance = 0.0
     z = 0.0
-    for sequence in range(sequences):
-        first = tl.zeros((NP,), tl.int32)
-        probs = tl.zeros((NP,), tl.float32)
-        for i in range(per_sequence):
-            b = sequence * per_sequence + i
-            first += tl.load(first_ptr + b * N + n, mask=real, other=0)
-            probs += tl.load(prob_sums_ptr + b * N + n, mask=real, other=0.0)
-            z += tl.load(z_sums_ptr + b)
+    for s0 in range(0, sequences, SEQUENCES):
+        s = s0 + tl.arange(0, SEQUENCES)[:, None]
+        first = tl.zeros((SEQUENCES, NP), tl.int32)
+        probs = tl.zeros((SEQUENCES, NP), tl.float32)
+        for b0 in range(0, per_sequence, BLOCKS // SEQUENCES):
+            inside = b0 + tl.arange(0, BLOCKS // SEQUENCES)[None, :]
+            live = (s < sequences) & (inside < per_sequence)
+            b = s * per_sequence + inside  # [SEQUENCES, blocks of each]
+            at = b[:, :, None] * N + n
+            mask = live[:, :, None] & real
+            first += tl.sum(tl.load(first_ptr + at, mask=mask, other=0), 1)
+            probs += tl.sum(tl.load(prob_sums_ptr + at, mask=mask, other=0.0), 1)
+            z += tl.sum(tl.sum(tl.load(z_sums_ptr + b, mask=live, other=0.0), 1), 0)
         share = first.to(tl.float32) / (length * (K if OVER_TOPK else 1))  # f
-        tl.store(first_share_ptr + sequence * N + n, share, mask=real)
-        balance += tl.sum(share * (probs / length), 0)
+        tl.store(first_share_ptr + s * N + n, share, mask=(s < sequences) & real)
+        balance += tl.sum(tl.sum(share * (probs / length), 1), 0)
     balance = balance * N / sequences
     z = z / tokens
     tl.store(losses_ptr, balance_coef * balance + z_coef * z)

@@ -58,9 +58,9 @@ def route_kernel(
     """
     block = tl.program_id(0)
     blocks = tl.cdiv(length, BT)
-    inside = (block % blocks) * BT + tl.arange(0, BT)
-    live = inside < length
-    t = (block // blocks).to(tl.int64) * length + inside  # [BT]
+    live = (block % blocks) * BT + tl.arange(0, BT) < length
+    t0 = (block // blocks).to(tl.int64) * length + (block % blocks) * BT  # what follows it is addressed in 32 bits
+    i = tl.arange(0, BT)
     n = tl.arange(0, NP)
     real = n < N
 
@@ -70,7 +70,7 @@ def route_kernel(
     w_square = tl.zeros((NP,), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        x = tl.load(x_ptr + t[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)  # [BT, BD]
+        x = tl.load(x_ptr + t0 * D + i[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)  # [BT, BD]
         w = tl.load(w_ptr + n[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0)  # [NP, BD]
         score = score_dot(x, w, score)
         if COSINE:
@@ -80,14 +80,14 @@ def route_kernel(
             w = tl.load(noise_w_ptr + n[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0)
             noise_scale = score_dot(x, w, noise_scale)
 
-    tn = t[:, None] * N + n[None, :]
+    tn = i[:, None] * N + n[None, :]
     mask = live[:, None] & real[None, :]
     if COSINE:
         x_norm = tl.maximum(tl.sqrt(x_square) + tau, 1e-12)
         w_norm = tl.maximum(tl.sqrt(w_square) + tau, 1e-12)
         score = score / (x_norm[:, None] * w_norm[None, :])
-        tl.store(cosines_ptr + tn, score, mask=mask)
-        tl.store(x_norm_ptr + t, x_norm, mask=live)
+        tl.store(cosines_ptr + t0 * N + tn, score, mask=mask)
+        tl.store(x_norm_ptr + t0 + i, x_norm, mask=live)
         if block == 0:
             tl.store(w_norm_ptr + n, w_norm, mask=real)
     if BIAS != "none":
@@ -95,10 +95,10 @@ def route_kernel(
     if BIAS == "score":
         score += bias[None, :]
     if NOISE != "off":
-        noise = tl.load(noise_ptr + tn, mask=mask, other=0.0)
+        noise = tl.load(noise_ptr + t0 * N + tn, mask=mask, other=0.0)
         if NOISE == "learned":  # softplus, as F.softplus: linear above 20
             noise_scale = tl.where(noise_scale > 20.0, noise_scale, tl.log(1.0 + tl.exp(noise_scale)))
-            tl.store(noise_scale_ptr + tn, noise_scale, mask=mask)
+            tl.store(noise_scale_ptr + t0 * N + tn, noise_scale, mask=mask)
             score += noise * noise_scale
         else:
             score += noise * noise_std
@@ -118,8 +118,8 @@ def route_kernel(
     s = p
     if BIAS == "selection":
         s += bias[None, :]
-    tl.store(logits_ptr + tn, logits, mask=mask)
-    tl.store(probs_ptr + tn, p, mask=mask)
+    tl.store(logits_ptr + t0 * N + tn, logits, mask=mask)
+    tl.store(probs_ptr + t0 * N + tn, p, mask=mask)
 
     # Top-K by K maxima. NaN and -inf become the lowest finite score: any row yields K different experts.
     left = tl.where((s == s) & (s > -3.0e38), s, -3.0e38)
@@ -150,9 +150,9 @@ def route_kernel(
         weights = chosen_p / tl.maximum(tl.sum(chosen_p, 1), 1.1754943508222875e-38)[:, None]
     else:
         weights = chosen_p
-    tk = t[:, None] * K + k[None, :]
-    tl.store(index_ptr + tk, index.to(tl.int64), mask=live[:, None] & (k < K))
-    tl.store(weights_ptr + tk, weights, mask=live[:, None] & (k < K))
+    tk = i[:, None] * K + k[None, :]
+    tl.store(index_ptr + t0 * K + tk, index.to(tl.int64), mask=live[:, None] & (k < K))
+    tl.store(weights_ptr + t0 * K + tk, weights, mask=live[:, None] & (k < K))
 
     tl.store(counts_ptr + block * N + n, counts, mask=real)
     tl.store(first_ptr + block * N + n, first, mask=real)

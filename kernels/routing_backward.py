@@ -63,35 +63,39 @@ def route_backward_kernel(
     HAS_DXS: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    BN: tl.constexpr,
 ):
-    """Grid and blocks as in route_kernel. ddot, dnoise [T, N]; dbias, dw_norm [blocks, N]; dtemperature [blocks]."""
+    """Grid and blocks as in route_kernel. ddot, dnoise [T, N]; dbias, dw_norm [blocks, N]; dtemperature [blocks].
+
+    BN: experts at a time in the products with W.
+    """
     block = tl.program_id(0)
     blocks = tl.cdiv(length, BT)
     sequence = block // blocks
-    inside = (block % blocks) * BT + tl.arange(0, BT)
-    live = inside < length
-    t = sequence.to(tl.int64) * length + inside
+    live = (block % blocks) * BT + tl.arange(0, BT) < length
+    t0 = sequence.to(tl.int64) * length + (block % blocks) * BT  # what follows it is addressed in 32 bits
+    i = tl.arange(0, BT)
     n = tl.arange(0, NP)
     real = n < N
     k = tl.arange(0, KP)
-    tn = t[:, None] * N + n[None, :]
+    tn = i[:, None] * N + n[None, :]
     mask = live[:, None] & real[None, :]
     chosen = live[:, None] & (k[None, :] < K)
-    tk = t[:, None] * K + k[None, :]
+    tk = i[:, None] * K + k[None, :]
 
-    p = tl.load(probs_ptr + tn, mask=mask, other=0.0)
-    logits = tl.load(logits_ptr + tn, mask=mask, other=0.0)
-    w = tl.load(weights_ptr + tk, mask=chosen, other=0.0)  # [BT, KP]
-    dw = tl.load(dweights_ptr + tk, mask=chosen, other=0.0)
+    p = tl.load(probs_ptr + t0 * N + tn, mask=mask, other=0.0)
+    logits = tl.load(logits_ptr + t0 * N + tn, mask=mask, other=0.0)
+    w = tl.load(weights_ptr + t0 * K + tk, mask=chosen, other=0.0)  # [BT, KP]
+    dw = tl.load(dweights_ptr + t0 * K + tk, mask=chosen, other=0.0)
 
     # Through the gate weights to the chosen p (or s), one choice at a time.
     inner = tl.sum(w * dw, 1)
     dchosen = tl.zeros((BT, NP), tl.float32)
     sum_p = tl.zeros((BT,), tl.float32)
     for j in range(K):
-        hit = n[None, :] == tl.load(index_ptr + t * K + j, mask=live, other=0)[:, None]
-        w_j = tl.load(weights_ptr + t * K + j, mask=live, other=0.0)
-        dw_j = tl.load(dweights_ptr + t * K + j, mask=live, other=0.0)
+        hit = n[None, :] == tl.load(index_ptr + t0 * K + i * K + j, mask=live, other=0)[:, None]
+        w_j = tl.load(weights_ptr + t0 * K + i * K + j, mask=live, other=0.0)
+        dw_j = tl.load(dweights_ptr + t0 * K + i * K + j, mask=live, other=0.0)
         if GATE == "softmax":
             value = w_j * (dw_j - inner)
         elif GATE == "sum":
@@ -149,38 +153,49 @@ def route_backward_kernel(
 
     dnoise = dscore
     if NOISE == "learned":  # softplus' = 1 - exp(-softplus)
-        noise = tl.load(noise_ptr + tn, mask=mask, other=0.0)
-        scale = tl.load(noise_scale_ptr + tn, mask=mask, other=0.0)
+        noise = tl.load(noise_ptr + t0 * N + tn, mask=mask, other=0.0)
+        scale = tl.load(noise_scale_ptr + t0 * N + tn, mask=mask, other=0.0)
         dnoise = dscore * noise * (1.0 - tl.exp(-scale))
-        tl.store(dnoise_ptr + tn, dnoise, mask=mask)
+        tl.store(dnoise_ptr + t0 * N + tn, dnoise, mask=mask)
     ddot = dscore
     along_x = tl.zeros((BT,), tl.float32)  # coefficient of x in dx: d norm(x) / dx = x / norm(x)
     if COSINE:
-        cosine = tl.load(cosines_ptr + tn, mask=mask, other=0.0)
-        x_norm = tl.load(x_norm_ptr + t, mask=live, other=1.0)
+        cosine = tl.load(cosines_ptr + t0 * N + tn, mask=mask, other=0.0)
+        x_norm = tl.load(x_norm_ptr + t0 + i, mask=live, other=1.0)
         w_norm = tl.load(w_norm_ptr + n, mask=real, other=1.0)
         ddot = dscore / (x_norm[:, None] * w_norm[None, :])
         length_x = x_norm - tau
         safe = length_x > 1e-12
         along_x = tl.where(safe, -tl.sum(dscore * cosine, 1) / (x_norm * tl.where(safe, length_x, 1.0)), 0.0)
         tl.store(dw_norm_ptr + block * N + n, tl.sum(dscore * cosine, 0), mask=real)
-    tl.store(ddot_ptr + tn, ddot, mask=mask)
+    tl.store(ddot_ptr + t0 * N + tn, ddot, mask=mask)
 
+    tl.debug_barrier()  # what one thread has stored above, others of this program read below
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
+        at = i[:, None] * D + d[None, :]
         inside_d = live[:, None] & (d[None, :] < D)
         dx = tl.zeros((BT, BD), tl.float32)
         if HAS_DXS:
-            dx = sum_choices(dxs_ptr, inverse_ptr, weights_ptr, t, live, d, D, inside_d, K, False, BT, BD)
-        nd = n[:, None] * D + d[None, :]
-        weight_mask = real[:, None] & (d[None, :] < D)
-        dx = dot(ddot, tl.load(w_ptr + nd, mask=weight_mask, other=0.0).to(tl.float32), dx, "ieee")
+            dx = sum_choices(dxs_ptr, inverse_ptr + t0 * K, None, i, live, d, D, inside_d, K, False, BT, BD)
+        dx = times_weight(dx, ddot_ptr + t0 * N, w_ptr, i, live, d, D, N, NP, BN)
         if NOISE == "learned":
-            dx = dot(dnoise, tl.load(noise_w_ptr + nd, mask=weight_mask, other=0.0).to(tl.float32), dx, "ieee")
+            dx = times_weight(dx, dnoise_ptr + t0 * N, noise_w_ptr, i, live, d, D, N, NP, BN)
         if COSINE:
-            x = tl.load(x_ptr + t[:, None] * D + d[None, :], mask=inside_d, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + t0 * D + at, mask=inside_d, other=0.0).to(tl.float32)
             dx += along_x[:, None] * x
-        tl.store(dx_ptr + t[:, None] * D + d[None, :], cast(dx, dx_ptr.dtype.element_ty), mask=inside_d)
+        tl.store(dx_ptr + t0 * D + at, cast(dx, dx_ptr.dtype.element_ty), mask=inside_d)
+
+
+@triton.jit
+def times_weight(dx, scores_ptr, w_ptr, i, live, d, D, N: tl.constexpr, NP: tl.constexpr, BN: tl.constexpr):
+    """dx [BT, BD] + scores [.., N] at rows i, times W [N, D] at columns d: BN experts at a time fit the registers."""
+    for n0 in range(0, NP, BN):
+        n = n0 + tl.arange(0, BN)
+        scores = tl.load(scores_ptr + i[:, None] * N + n[None, :], mask=live[:, None] & (n[None, :] < N), other=0.0)
+        w = tl.load(w_ptr + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
+        dx = dot(scores, w.to(tl.float32), dx, "ieee")
+    return dx
 
 
 @triton.jit
@@ -245,6 +260,7 @@ def router_reduce_kernel(
     LEARNED_NOISE: tl.constexpr,
     LEARNED_TEMPERATURE: tl.constexpr,
     BD: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Adds up the parts of dW (and of noise_weight), and, in the first program, those of db and dtemperature."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -261,7 +277,7 @@ def router_reduce_kernel(
             dnoise_w += tl.load(parts_ptr + N * D + nd, mask=mask, other=0.0)
         parts_ptr += rows * D
     if COSINE:
-        along_w = sum_blocks(dw_norm_ptr, blocks, n, N)
+        along_w = sum_blocks(dw_norm_ptr, blocks, n, N, BLOCKS)
         w_norm = tl.load(w_norm_ptr + n, mask=real, other=1.0)
         length = w_norm - tau
         safe = length > 1e-12
@@ -272,19 +288,18 @@ def router_reduce_kernel(
         tl.store(dnoise_w_ptr + nd, cast(dnoise_w, dnoise_w_ptr.dtype.element_ty), mask=mask)
     if tl.program_id(0) == 0:
         if BIAS:
-            dbias = sum_blocks(dbias_parts_ptr, blocks, n, N)
+            dbias = sum_blocks(dbias_parts_ptr, blocks, n, N, BLOCKS)
             tl.store(dbias_ptr + n, cast(dbias, dbias_ptr.dtype.element_ty), mask=real)
         if LEARNED_TEMPERATURE:
-            dtemperature = 0.0
-            for block in range(blocks):
-                dtemperature += tl.load(dtemperature_parts_ptr + block)
-            tl.store(dtemperature_ptr, dtemperature)
+            one = tl.arange(0, 1)
+            tl.store(dtemperature_ptr + one, sum_blocks(dtemperature_parts_ptr, blocks, one, 1, BLOCKS))
 
 
 @triton.jit
-def sum_blocks(parts_ptr, blocks, n, N: tl.constexpr):
-    """parts [blocks, N] added up in block order -> [NP]."""
+def sum_blocks(parts_ptr, blocks, n, N: tl.constexpr, BLOCKS: tl.constexpr):
+    """parts [blocks, N] added up over the blocks, BLOCKS at a time, in a fixed order -> [NP]."""
     total = tl.zeros(n.shape, tl.float32)
-    for block in range(blocks):
-        total += tl.load(parts_ptr + block * N + n, mask=n < N, other=0.0)
+    for b0 in range(0, blocks, BLOCKS):
+        b = (b0 + tl.arange(0, BLOCKS))[:, None]
+        total += tl.sum(tl.load(parts_ptr + b * N + n, mask=(b < blocks) & (n < N), other=0.0), 0)
     return total

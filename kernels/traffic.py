@@ -188,17 +188,20 @@ def _route(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
 
 
 def _permute(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
-    """Every block reads the counts of all blocks."""
+    """Every program reads the counts of all blocks."""
     found, once = tensors(launch), least(launch)
     return Traffic(loads=once.loads + (launch.grid({})[0] - 1) * found["counts"].nbytes, stores=once.stores)
 
 
 def _route_backward(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
-    """Every block reads all of W, the permutation once per step of D, and weights and choices K-fold for the gates."""
+    """Every block reads all of W; once per step of D the permutation and what it wrote itself, the gradients of scores;
+    and weights and choices K-fold for the gates.
+    """
     found, once = tensors(launch), least(launch)
     blocks, steps = launch.grid({})[0], cdiv(launch.args["D"], launch.args["BD"])
     again = (
         (blocks - 1) * found["w"].nbytes
+        + steps * found["ddot"].nbytes
         + (steps - 1) * found["inverse"].nbytes
         + found["weights"].nbytes
         + found["dweights"].nbytes

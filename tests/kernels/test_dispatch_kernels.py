@@ -39,6 +39,7 @@ SIZES = [
     pytest.param({"tokens": 141, "sequences": 3}, id="blocks-cross-no-sequence"),  # 47 tokens: blocks of 32 and 15
     pytest.param({"tokens": 1100, "sequences": 1, "D": 8}, id="dW-in-two-parts"),
     pytest.param({"tokens": 20, "sequences": 20, "N": 250, "K": 1}, id="counts-in-two-steps"),  # 20 blocks, 16 a step
+    pytest.param({"tokens": 280, "sequences": 2, "N": 250, "K": 1}, id="losses-in-two-steps"),  # 9 blocks, 8 a step
     pytest.param({"D": 1}, id="D=1"),
     pytest.param({"D": 128}, id="D-a-whole-step"),
 ]
@@ -48,6 +49,12 @@ SIZES = [
 @pytest.mark.parametrize("router", [BUILT_IN["smoe"], BUILT_IN["perturbed"]], ids=["smoe", "perturbed"])
 def test_sizes(router, size):
     check_dispatch(KERNELS, DispatchCase(router=router, **size))
+
+
+def test_a_program_of_permute_takes_several_blocks(monkeypatch):
+    """As with many tokens. 3 sequences of 3 blocks, the last of 15 tokens, in programs of 4: they cross sequences."""
+    monkeypatch.setattr(KERNELS.dispatch, "PERMUTE_PROGRAMS", 3)
+    check_dispatch(KERNELS, DispatchCase(router=BUILT_IN["smoe"], tokens=3 * 79, sequences=3))
 
 
 @pytest.mark.parametrize("sequences", [1, 4])
@@ -140,6 +147,7 @@ def test_zero_rows_have_finite_cosine_gradients(tau):
 # Permutation of an index that another router made
 
 
+@pytest.mark.parametrize("programs", [2, 10_000], ids=["several-blocks-a-program", "one-block-a-program"])
 @pytest.mark.parametrize(
     ("shape", "num_experts", "kind"),
     [
@@ -153,7 +161,8 @@ def test_zero_rows_have_finite_cosine_gradients(tau):
         pytest.param((4200, 1), 256, "random", id="counts-in-two-steps"),  # 17 blocks, 16 a step
     ],
 )
-def test_permute_is_a_stable_sort(shape, num_experts, kind):
+def test_permute_is_a_stable_sort(shape, num_experts, kind, programs, monkeypatch):
+    monkeypatch.setattr(KERNELS.dispatch, "PERMUTE_PROGRAMS", programs)
     torch.manual_seed(0)
     index = torch.randint(num_experts, shape) if kind == "random" else torch.full(shape, num_experts - 1)
     index = index.to(DEVICE)

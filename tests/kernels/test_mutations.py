@@ -84,7 +84,7 @@ MUTATIONS = [
         "place[None, :] + rank - 1",
         "place[None, :] + tl.sum(hit.to(tl.int64), 0)[None, :] - rank",
     ),
-    Mutation("last-sequence-only", "gaussian", "permutation.py", "balance += tl.sum(", "balance = tl.sum("),
+    Mutation("first-sequence-only", "gaussian", "permutation.py", "b = s * per_sequence", "b = 0 * s * per_sequence"),
     # Routing, backward
     Mutation("softmax-sign", "cosine", "routing_backward.py", "w_j * (dw_j - inner)", "w_j * (dw_j + inner)"),
     Mutation(
