@@ -184,9 +184,9 @@ def dispatch(
         OVER_TOPK=over_topk,
         BT=block,
         PER=per,
-        BLOCKS=choices_per_step(N),
+        BLOCKS=choices_per_step(N) // 2,
         CHOICES=choices_per_step(N),
-        SEQUENCES=min(choices_per_step(N), triton.next_power_of_2(sequences)),
+        SEQUENCES=min(choices_per_step(N) // 2, triton.next_power_of_2(sequences)),
         num_warps=4,
     )
     return routed, permuted, values
