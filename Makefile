@@ -16,6 +16,8 @@ LOCK ?= environments/$(ENVIRONMENT).lock
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GATE_ARGS ?=
+GPU_ARGS ?=
 LOCK_ARGS ?=
 MATRIX_ARGS ?=
 
@@ -27,7 +29,7 @@ export OMP_NUM_THREADS ?= 1
 # Byte code is compiled by the first process that imports a file, not again by each of some hundred.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test bench lint gate sanitize wheel-check doctor install locked lock latest matrix clean distclean
+.PHONY: help demo test bench lint gate gpu sanitize wheel-check doctor install locked lock latest matrix clean distclean
 
 help:
 	@echo "make demo         train and compare five routers on real images; report in runs/demo (DEMO_ARGS=--short: less)"
@@ -35,7 +37,8 @@ help:
 	@echo "make bench        measure the layers against other implementations (BENCH_ARGS=... are passed on)"
 	@echo "make doctor       say what is installed and which backends work here"
 	@echo "make lint         check the style of the Python files"
-	@echo "make gate         compile the GPU kernels for four architectures, and count the bytes they move"
+	@echo "make gate         compile the GPU kernels for four architectures, and count the bytes they move (GATE_ARGS=--short)"
+	@echo "make gpu          judge the kernels on the GPU here, in nine minutes: right, and how near the limit"
 	@echo "make sanitize     run the op tests on the C++ library under address and undefined-behaviour sanitizer"
 	@echo "make wheel-check  build one wheel and test it under the oldest torch it is for and under the torch in .venv"
 	@echo "make install      only set up .venv and install the package there"
@@ -71,8 +74,12 @@ lint: install
 	$(BIN)/ruff check .
 
 gate: install
-	$(BIN)/python -m libmoe_fast.kernels.aot
+	$(BIN)/python -m libmoe_fast.kernels.aot $(GATE_ARGS)
 	$(BIN)/python -m libmoe_fast.kernels.traffic
+
+# Where nothing is installed: PYTHONPATH=. python -m libmoe_fast.kernels.device_check
+gpu: install
+	$(BIN)/python -m libmoe_fast.kernels.device_check $(GPU_ARGS)
 
 sanitize: install
 	$(BIN)/python tests/sanitize.py $(PYTEST_ARGS)

@@ -1,14 +1,16 @@
 """The GPU compile gate: every kernel, for every architecture, without a GPU.
 
-    python -m libmoe_fast.kernels.aot [--arch sm90] [--shape CLIP-L] [--markdown | --summary]
+    python -m libmoe_fast.kernels.aot [--arch sm90] [--shape CLIP-L] [--operands bf16] [--short] [--markdown]
 
 The launches that a layer makes are observed, not run, and each is compiled ahead of time with all its tiles. The table
 says what came out: registers, spilled bytes, shared memory, occupancy, tensor-core instructions and TMA loads. Exit
-code 1 on any spill, a GEMM without tensor-core instructions, shared memory over the chip's limit, a weight that an
-architecture with TMA does not read through it, or a buffer that is overwritten while a product reads it (race.py).
+code 1 on any spill, a GEMM without tensor-core instructions (on NVIDIA, float32 in full precision has none), shared
+memory over the chip's limit, a weight that is not read through TMA where architecture and rows allow it, or a buffer
+that is overwritten while a product reads it (race.py).
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -27,11 +29,12 @@ from triton.compiler import ASTSource
 from libmoe_fast import extension
 
 from . import cuda_library
+from .experts import FP32_VARIABLE
 from .primitives import INTERPRETED
 from .race import races
 from .run import COMPILER_OPTIONS, Launch, fitted
-from .shapes import SHAPES, SPECS, Shape, layer_launches
-from .tiles import DESCRIPTOR_ARCHITECTURES, TILES, WEIGHTS
+from .shapes import CORNERS, SHAPES, SPECS, Shape, layer_launches
+from .tiles import WEIGHTS
 
 KIB = 1024
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -69,6 +72,19 @@ CHIPS = {
 }
 
 
+# What a layer computes on: its dtype, and the precision of float32 products.
+OPERANDS = {
+    "bf16": (torch.bfloat16, ""),
+    "fp16": (torch.float16, ""),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+}
+# The short gate: each kernel's first tile, in the two dtypes and two shapes that differ most. It leaves out the other
+# tiles, fp16 and tf32, SigLIP's sizes and the corners, which take longer than all the rest of CI.
+SHORT_OPERANDS, SHORT_SHAPES = ("bf16", "fp32"), ("CLIP-L", "fine-grained")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One compilation: plain data, so that it can cross to a worker process. source: see `job`."""
@@ -76,16 +92,21 @@ class Job:
     kernel: str
     shape: str
     router: str
+    operands: str
     arch: str
-    gemm: bool
+    tensor_core: bool  # whether there must be tensor-core instructions
     descriptor: bool
     tile: str
     signature: dict[str, str]
     constants: dict[str, object]
     aligned: tuple[str, ...]
-    warps: int
-    stages: int
+    options: dict[str, object]
     module: str
+
+    @property
+    def compiled(self) -> str:
+        """What the compiler sees: jobs that agree in it come to the same."""
+        return repr((self.kernel, self.arch, self.signature, self.constants, self.aligned, self.options))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +130,7 @@ class Row:
         limit = CHIPS[self.job.arch].shared_per_block
         found = {
             f"spills {self.spilled} bytes": self.spilled > 0,
-            "no tensor-core instruction": self.job.gemm and self.tensor_core == 0,
+            "no tensor-core instruction": self.job.tensor_core and self.tensor_core == 0,
             f"shared memory {self.shared} over {limit}": self.shared > limit,
             "no TMA load": self.job.descriptor and self.tma == 0,
             f"race: {', '.join(self.races)} overwritten while a product reads it": bool(self.races),
@@ -117,30 +138,34 @@ class Row:
         return [failure for failure, failed in found.items() if failed]
 
 
-def jobs(architectures: list[str], shapes: list[Shape]) -> Iterator[Job]:
-    """Every compilation the gate makes: all kernels and tiles for all shapes; all routers for the first shape."""
-    for arch in architectures:
-        for shape in shapes:
-            for router in SPECS if shape is shapes[0] else ("smoe",):
-                for launch in layer_launches(shape, arch, router):
-                    if router == "smoe" or launch.gemm is None:
-                        yield from launch_jobs(launch, arch, shape.name, router)
+def jobs(architectures: list[str], shapes: list[Shape], operands: list[str], first_tile: bool) -> list[Job]:
+    """Every compilation the gate makes, each once: all kernels and tiles, and for the first shape all routers."""
+    found: dict[str, Job] = {}
+    for arch, name, shape in itertools.product(architectures, operands, shapes):
+        dtype, precision = OPERANDS[name]
+        os.environ[FP32_VARIABLE] = precision
+        for router in SPECS if shape is shapes[0] else ("smoe",):
+            for launch in layer_launches(shape, arch, router, dtype):
+                for each in launch_jobs(launch, arch, shape.name, router, name, first_tile):
+                    found.setdefault(each.compiled, each)
+    return list(found.values())
 
 
-def launch_jobs(launch: Launch, arch: str, shape: str, router: str) -> Iterator[Job]:
+def launch_jobs(
+    launch: Launch, arch: str, shape: str, router: str, operands: str, first_tile: bool = False
+) -> Iterator[Job]:
+    label = {"arch": arch, "shape": shape, "router": router, "operands": operands}
     if launch.gemm is None:
-        yield job(launch, arch, shape, router, {}, launch.args.get("num_warps", 4), 3, "")
+        yield job(launch, {}, {"num_warps": launch.args.get("num_warps", 4)}, tile="", **label)
         return
-    for tile in TILES[arch][launch.gemm]:
-        meta = tile.meta(launch.itemsize)
-        meta |= fitted(launch.args | meta, launch.gemm)
-        name = f"{tile.BM}x{tile.BN}x{meta['BK']} w{tile.warps} s{tile.stages}"
-        yield job(launch, arch, shape, router, meta, tile.warps, tile.stages, name)
+    for tile in launch.tiles(arch)[: 1 if first_tile else None]:
+        sizes = tile.sizes | fitted(launch.args | tile.sizes, launch.gemm)
+        yield job(launch, sizes, tile.options, tile=tile.name, **label)
 
 
-def job(launch: Launch, arch: str, shape: str, router: str, meta: dict, warps: int, stages: int, tile: str) -> Job:
+def job(launch: Launch, sizes: dict, options: dict, **label: str) -> Job:
     """A launch as Triton's just-in-time compiler would specialise it: its arguments' types, constants, alignments."""
-    args = {k: v for k, v in launch.args.items() if k not in ("num_warps", "num_stages")} | meta
+    args = {k: v for k, v in launch.args.items() if k not in ("num_warps", "num_stages")} | sizes
     constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
     general = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature, constants, aligned = {}, {}, []
@@ -158,19 +183,20 @@ def job(launch: Launch, arch: str, shape: str, router: str, meta: dict, warps: i
             aligned.append(name)
     return Job(
         kernel=launch.name,
-        shape=shape,
-        router=router,
-        arch=arch,
-        gemm=launch.gemm is not None,
-        descriptor=launch.gemm in WEIGHTS and arch in DESCRIPTOR_ARCHITECTURES,
-        tile=tile,
+        tensor_core=launch.gemm is not None and not full_precision(launch, label["arch"]),
+        descriptor=launch.gemm in WEIGHTS and launch.args["DESCRIPTOR"],
         signature=signature,
         constants=constants,
         aligned=tuple(aligned),
-        warps=warps,
-        stages=stages,
+        options=options,
         module=launch.kernel.fn.__module__,
+        **label,
     )
+
+
+def full_precision(launch: Launch, arch: str) -> bool:
+    """Whether a GEMM multiplies float32 as it is, for which NVIDIA's tensor cores have no instruction."""
+    return launch.itemsize == 4 and launch.args["PRECISION"] == "ieee" and CHIPS[arch].target.backend == "cuda"
 
 
 def argument_type(value) -> str:
@@ -201,8 +227,7 @@ def compile_job(job: Job) -> Row:
     )
     chip = CHIPS[job.arch]
     try:
-        options = {"num_warps": job.warps, "num_stages": job.stages, **COMPILER_OPTIONS}
-        compiled = triton.compile(source, target=chip.target, options=options)
+        compiled = triton.compile(source, target=chip.target, options=job.options | COMPILER_OPTIONS)
         read = read_hip if chip.target.backend == "hip" else read_cuda
         return read(job, chip, compiled)
     # Triton's passes raise many kinds of errors; the gate reports them all as what they are.
@@ -224,7 +249,7 @@ def read_cuda(job: Job, chip: Chip, compiled) -> Row:
         registers=registers,
         spilled=spilled,
         shared=compiled.metadata.shared,
-        occupancy=occupancy(chip, registers, compiled.metadata.shared, job.warps * 32),
+        occupancy=occupancy(chip, registers, compiled.metadata.shared, job.options["num_warps"] * 32),
         tensor_core=len(re.findall(chip.tensor_core, code)),
         tma=len(re.findall(r"\bUTMALDG\b", code)),
         races=tuple(races(compiled.asm["ttgir"])),
@@ -241,9 +266,9 @@ def read_hip(job: Job, chip: Chip, compiled) -> Row:
     return Row(
         job=job,
         registers=registers,
-        spilled=4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count")),
+        spilled=4 * metadata("vgpr_spill_count"),  # scalar registers spill into vector registers, not into memory
         shared=compiled.metadata.shared,
-        occupancy=occupancy(chip, registers, compiled.metadata.shared, job.warps * 64),
+        occupancy=occupancy(chip, registers, compiled.metadata.shared, job.options["num_warps"] * 64),
         tensor_core=len(re.findall(chip.tensor_core, code)),
     )
 
@@ -289,20 +314,20 @@ def library_job(usage: cuda_library.KernelUsage, arch: str) -> Job:
         kernel=f"CUDA {usage.name}",
         shape="",
         router="",
+        operands="",
         arch=arch,
-        gemm=False,
+        tensor_core=False,
         descriptor=False,
         tile=usage.variant,
         signature={},
         constants={},
         aligned=(),
-        warps=cuda_library.THREADS // 32,
-        stages=0,
+        options={},
         module="",
     )
 
 
-COLUMNS = ("kernel", "shape", "router", "tile", "regs", "spill", "shared", "occup.", "tensor core", "TMA", "")
+COLUMNS = ("kernel", "shape", "router", "operands", "tile", "regs", "spill", "shared", "occup.", "tensor", "TMA", "")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -311,12 +336,13 @@ def cells(row: Row) -> tuple[str, ...]:
         job.kernel,
         job.shape,
         job.router,
+        job.operands,
         job.tile,
         str(row.registers),
         str(row.spilled),
         f"{row.shared / KIB:.0f}K",
         f"{row.occupancy:.0%}",
-        str(row.tensor_core) if job.gemm else "",
+        str(row.tensor_core) if job.tensor_core else "",
         str(row.tma) if job.descriptor else "",
         "; ".join(row.failures) or "ok",
     )
@@ -349,7 +375,7 @@ def summary_cell(row: Row) -> str:
     if row.error:
         return "fails"
     parts = [f"{row.registers} regs", f"{row.spilled} spilled", f"{row.shared / KIB:.0f}K"]
-    if row.job.gemm:
+    if row.job.tensor_core:
         parts.append(f"{row.tensor_core} tensor-core")
     if row.tma:
         parts.append(f"{row.tma} TMA")
@@ -362,9 +388,14 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.split("\n\n")[0],
         epilog="Exit code 1 on any spill, race, GEMM without tensor cores, or shared memory over the limit.",
     )
+    layers = {shape.name: shape for shape in (*SHAPES, *CORNERS)}
     parser.add_argument("--arch", choices=CHIPS, nargs="+", default=list(CHIPS), help="architectures (all)")
+    parser.add_argument("--shape", choices=layers, nargs="+", default=list(layers), help="layers (all)")
+    parser.add_argument("--operands", choices=OPERANDS, nargs="+", default=list(OPERANDS), help="dtypes (all)")
     parser.add_argument(
-        "--shape", choices=[s.name for s in SHAPES], nargs="+", default=[s.name for s in SHAPES], help="layers (all)"
+        "--short",
+        action="store_true",
+        help=f"only the first tile of each kernel, {' and '.join(SHORT_OPERANDS)}, {' and '.join(SHORT_SHAPES)}",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print Markdown tables")
@@ -374,7 +405,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     from tqdm import tqdm
 
-    work = list(jobs(options.arch, [s for s in SHAPES if s.name in options.shape]))
+    if options.short or options.summary:
+        options.shape, options.operands = list(SHORT_SHAPES), list(SHORT_OPERANDS)
+    shapes = [layers[name] for name in options.shape]
+    work = jobs(options.arch, shapes, options.operands, first_tile=options.short or options.summary)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(compile_job, work, chunksize=4), total=len(work), desc="Compiling"))
     if options.summary:

@@ -6,18 +6,24 @@
 Forward keeps x, the pre-activation z and the permutation; backward runs no forward GEMM again (see dz_kernel).
 """
 
+import os
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from libmoe_fast.errors import ConfigError
+
 from .combine import combine_kernel
 from .dispatch import Permuted
 from .grouped_gemm import down_kernel, dx_kernel, dz_kernel, up_kernel
 from .primitives import INTERPRETED
-from .run import descriptors_usable, processors, run, tile_columns, weight_operand
+from .run import architecture, descriptors_usable, processors, run, tile_columns, weight_operand
+from .tiles import PRECISIONS
 from .weight_grad import weight_grad_kernel
+
+FP32_VARIABLE = "LIBMOE_FAST_FP32"
 
 
 class ExpertWeights(NamedTuple):
@@ -129,7 +135,7 @@ def experts_backward(
     shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
     dz, wa = torch.empty_like(z), x.new_empty(rows, H)
     gemm = "dz_gated" if expert.gated else "dz"
-    parts = triton.cdiv(H, tile_columns(gemm, device))
+    parts = triton.cdiv(H, tile_columns(gemm, expert.w2, shared["PRECISION"]))
     dw_parts = torch.empty(rows, parts, dtype=torch.float32, device=device)
     run(
         dz_kernel,
@@ -217,7 +223,7 @@ def weight_grad(
         GATHER_RIGHT=gather == "right",
         WEIGH_BIAS=weights is not None,
         BIAS=db is not None,
-        PRECISION=precision(left.dtype),
+        PRECISION=precision(left),
     )
     return dw, db
 
@@ -230,7 +236,7 @@ def gemm_arguments(x: Tensor, permuted: Permuted, num_experts: int) -> dict:
         "rows_log2": rows_log2(permuted),
         "N": num_experts,
         "NP": triton.next_power_of_2(num_experts),
-        "PRECISION": precision(x.dtype),
+        "PRECISION": precision(x),
     }
 
 
@@ -240,17 +246,27 @@ def rows_log2(permuted: Permuted) -> int:
 
 
 def persistent(rows: int, num_experts: int, columns: int, device: torch.device):
-    """Grid of a persistent kernel: a program per processor, or one per tile where there are fewer."""
+    """Grid of a persistent kernel: the tile's programs per processor, or one per tile where there are fewer."""
 
     def grid(meta: dict) -> tuple:
         tiles = (triton.cdiv(rows, meta["BM"]) + num_experts - 1) * triton.cdiv(columns, meta["BN"])  # at most
-        return (min(processors(device), tiles),)
+        return (min(processors(device) * meta["PROGRAMS"], tiles),)
 
     return grid
 
 
-def precision(dtype: torch.dtype) -> str:
-    """tf32 in float32 GEMMs only where the user allowed it, by torch's old switch (allow_tf32) or its new one."""
-    if dtype != torch.float32 or INTERPRETED:
+def precision(x: Tensor) -> str:
+    """How float32 operands are multiplied (tiles.PRECISIONS): as LIBMOE_FAST_FP32 says, else as torch's own switch.
+
+    That switch, old (allow_tf32) or new, knows "ieee", its default, and "tf32". "tf32x3" has to be asked for: that its
+    error stays near cuBLAS's has been measured on no GPU. Raises ConfigError for another word in the variable.
+    """
+    if x.dtype != torch.float32 or INTERPRETED:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    asked = os.environ.get(FP32_VARIABLE, "")
+    if asked and asked not in PRECISIONS:
+        raise ConfigError(f"{FP32_VARIABLE} is {asked!r}; expected one of {', '.join(PRECISIONS)}, or nothing")
+    chosen = asked or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
+    if chosen == "tf32x3" and architecture(x.device) == "gfx942":
+        return "ieee"  # what its matrix units do; Triton has no tf32x3 there
+    return chosen

@@ -95,6 +95,7 @@ def up_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     """a = act(x W1^T + b1) for every choice; z is kept if STORE_Z. Gated: W1 [N, 2H, D], a = act(gate) up."""
     H1 = H * 2 if GATED else H  # rows of an expert's W1
@@ -200,6 +201,7 @@ def down_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     """y = a W2^T + b2 for every choice; the combine weighs and sums."""
     row_tiles = count_row_tiles(offsets_ptr, N, NP, BM)
@@ -246,6 +248,7 @@ def dz_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     """g = dy W2; from z: a = act(z), dz = w g act'(z), w a (for dW2), and the tile's part of dw = <g, a> + <dy, b2>.
 
@@ -361,6 +364,7 @@ def dx_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     """dxs = dz W1 for every choice; its first column of tiles also adds up dw_parts into dweights [T, K]."""
     row_tiles = count_row_tiles(offsets_ptr, N, NP, BM)

@@ -12,13 +12,14 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-# A GEMM's `rows_log2` is there for the tuner, which chooses a tile by it; the kernel is the same for all its values.
+# A GEMM's `rows_log2` is there for the tuner, which chooses a tile by it, and PROGRAMS for its grid; the kernel is the
+# same for all their values.
 gemm_jit = triton.jit(do_not_specialize=["rows_log2"])
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32; PRECISION ("ieee" or "tf32") matters for float32 operands only."""
+    """acc + a @ b in float32; PRECISION, one of tiles.PRECISIONS, matters for float32 operands only."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:

@@ -170,7 +170,8 @@ def route_backward_kernel(
         tl.store(dw_norm_ptr + block * N + n, tl.sum(dscore * cosine, 0), mask=real)
     tl.store(ddot_ptr + t0 * N + tn, ddot, mask=mask)
 
-    tl.debug_barrier()  # what one thread has stored above, others of this program read below
+    if NP > BN:
+        tl.debug_barrier()  # what one thread has stored above, others of this program read below
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         at = i[:, None] * D + d[None, :]
@@ -178,9 +179,9 @@ def route_backward_kernel(
         dx = tl.zeros((BT, BD), tl.float32)
         if HAS_DXS:
             dx = sum_choices(dxs_ptr, inverse_ptr + t0 * K, None, i, live, d, D, inside_d, K, False, BT, BD)
-        dx = times_weight(dx, ddot_ptr + t0 * N, w_ptr, i, live, d, D, N, NP, BN)
+        dx = times_weight(dx, ddot, ddot_ptr + t0 * N, w_ptr, i, live, d, D, N, NP, BN)
         if NOISE == "learned":
-            dx = times_weight(dx, dnoise_ptr + t0 * N, noise_w_ptr, i, live, d, D, N, NP, BN)
+            dx = times_weight(dx, dnoise, dnoise_ptr + t0 * N, noise_w_ptr, i, live, d, D, N, NP, BN)
         if COSINE:
             x = tl.load(x_ptr + t0 * D + at, mask=inside_d, other=0.0).to(tl.float32)
             dx += along_x[:, None] * x
@@ -188,13 +189,18 @@ def route_backward_kernel(
 
 
 @triton.jit
-def times_weight(dx, scores_ptr, w_ptr, i, live, d, D, N: tl.constexpr, NP: tl.constexpr, BN: tl.constexpr):
-    """dx [BT, BD] + scores [.., N] at rows i, times W [N, D] at columns d: BN experts at a time fit the registers."""
+def times_weight(dx, scores, scores_ptr, w_ptr, i, live, d, D, N: tl.constexpr, NP: tl.constexpr, BN: tl.constexpr):
+    """dx [BT, BD] + scores [BT, NP] times W [N, D] at columns d.
+
+    With more than BN experts the registers do not hold the operands: BN at a time, of the scores that were stored.
+    """
     for n0 in range(0, NP, BN):
         n = n0 + tl.arange(0, BN)
-        scores = tl.load(scores_ptr + i[:, None] * N + n[None, :], mask=live[:, None] & (n[None, :] < N), other=0.0)
+        part = scores
+        if NP > BN:
+            part = tl.load(scores_ptr + i[:, None] * N + n[None, :], mask=live[:, None] & (n[None, :] < N), other=0.0)
         w = tl.load(w_ptr + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
-        dx = dot(scores, w.to(tl.float32), dx, "ieee")
+        dx = dot(part, w.to(tl.float32), dx, "ieee")
     return dx
 
 

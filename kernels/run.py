@@ -1,4 +1,4 @@
-"""How a kernel is launched: on which device's tiles, tuned, and observed.
+"""How a kernel is launched: on which device's tiles, tuned or chosen, and observed.
 
 Every launch of the package goes through `run`. `observing` sees them all, and can stand in for a GPU that is not there:
 the compile gate, the traffic count and the launch-count tests look at the same launches that a layer makes.
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from .primitives import INTERPRETED
-from .tiles import DESCRIPTOR_ARCHITECTURES, TILES, TUNING_KEYS, WEIGHTS
+from .tiles import DESCRIPTOR_ARCHITECTURES, TUNING_KEYS, WEIGHTS, Tile, candidates
 
 # Said at every compilation: what Triton does by default changes between 3.8 and 3.10.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
@@ -24,7 +24,7 @@ INTERPRETER_PROGRAMS = 3  # fewer than tiles, so that the persistent loop is exe
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One launch. tiles: the candidates of a GEMM, `gemm` its name in TILES; otherwise sizes and warps are in args."""
+    """One launch. gemm: the name of a GEMM in the table of tiles; without one, sizes and warps are in args."""
 
     kernel: Any
     grid: Callable[[dict], tuple]
@@ -35,6 +35,12 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__.removesuffix("_kernel")
+
+    def tiles(self, architecture: str) -> tuple[Tile, ...]:
+        """The candidates of a GEMM there, best guess first."""
+        lengths = [self.args[name] for name in ("D", "H", "H1", "O", "M", "C") if name in self.args]
+        experts = self.args.get("N", 1)
+        return candidates(architecture, self.gemm, self.itemsize, self.args["PRECISION"], lengths, experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,21 @@ def observing(
         _observation = before
 
 
+Chooser = Callable[[str, tuple[Tile, ...]], Tile]
+_chooser: Chooser | None = None
+
+
+@contextlib.contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Inside, `chooser(gemm, its candidates)` names the tile of every GEMM, not the tuner: to test or time each."""
+    global _chooser
+    before, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = before
+
+
 def run(
     kernel: Any,
     grid: Callable[[dict], tuple] | tuple,
@@ -82,12 +103,15 @@ def run(
     with on_device(device):
         if gemm is None:
             kernel[grid](**args, **COMPILER_OPTIONS)
-        elif INTERPRETED:
-            (tile,) = TILES["interpreter"][gemm]
-            sized = args | tile.meta(itemsize)
+            return
+        tiles = launch.tiles(architecture(device))
+        if _chooser is not None:
+            tiles = (_chooser(gemm, tiles),)
+        if INTERPRETED:
+            sized = args | tiles[0].sizes
             kernel[grid(sized)](**sized | fitted(sized, gemm))
         else:
-            _tuned(kernel, gemm, itemsize, architecture(device))[grid](**args, **COMPILER_OPTIONS)
+            _tuned(kernel, gemm, tiles)[grid](**args, **COMPILER_OPTIONS)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -98,11 +122,9 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 @functools.cache
-def _tuned(kernel: Any, gemm: str, itemsize: int, arch: str):
+def _tuned(kernel: Any, gemm: str, tiles: tuple[Tile, ...]):
     """The kernel behind triton's autotuner; its choice is cached on disk, per key, by triton."""
-    configs = [
-        triton.Config(tile.meta(itemsize), num_warps=tile.warps, num_stages=tile.stages) for tile in TILES[arch][gemm]
-    ]
+    configs = [triton.Config(tile.sizes, **tile.options) for tile in tiles]
     if gemm in WEIGHTS:
         # A heuristic, not a pre_hook of each config: with those, triton gives up its cache on disk.
         argument, _ = WEIGHTS[gemm]
@@ -147,9 +169,10 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tile_columns(gemm: str, device: torch.device) -> int:
-    """BN of a GEMM whose candidates all share it."""
-    return TILES[architecture(device)][gemm][0].BN
+def tile_columns(gemm: str, weight: Tensor, precision: str) -> int:
+    """BN of a GEMM with a weight [N, rows, columns], whose candidates all share it."""
+    found = candidates(architecture(weight.device), gemm, weight.element_size(), precision, weight.shape[1:])
+    return found[0].BN
 
 
 def descriptors_usable(device: torch.device, *weights: Tensor) -> bool:

@@ -50,6 +50,14 @@ SHAPES = (
     Shape(name="fine-grained", T=2304, D=2048, H=1024, O=2048, N=64, K=8, activation="silu", gated=True),
 )
 
+# Beside these, for what is compiled differently: one token, many experts, rows of odd length.
+CORNERS = (
+    Shape(name="one token", T=1, D=1024, H=4096, O=1024, N=4, K=2),
+    Shape(name="N=256", T=16384, D=2048, H=512, O=2048, N=256, K=8, S=4, activation="silu", gated=True),
+    Shape(name="odd", T=1000, D=1000, H=4100, O=1000, N=6, K=3),
+    Shape(name="odd gated", T=1001, D=1001, H=333, O=77, N=5, K=5, activation="relu", gated=True),
+)
+
 
 def layer_launches(shape: Shape, architecture: str, router: str = "smoe", dtype=torch.bfloat16) -> list[Launch]:
     """The launches of one training step of a layer on an architecture, in order. Nothing runs; no GPU is needed."""

@@ -1,14 +1,24 @@
-"""Tile sizes: one small table per architecture. The compile gate (aot.py) checks every row of it.
+"""Tile sizes: one small table per architecture and kind of operand. The compile gate (aot.py) checks every row of it.
 
-Tile rows are for 2-byte dtypes; 4-byte ones halve BK, which keeps the bytes in shared memory.
+    16-bit    bfloat16, float16
+    tf32      float32 rounded to 10 bits on tensor cores, where the user allowed it
+    tf32x3    float32 as three such products, which keep nearly all of its bits; on request
+    ieee      float32 as it is: no tensor cores on NVIDIA, so small tiles, whose operands all lie in registers
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32 operands, by falling accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """BM rows (tokens, or weight rows in weight_grad) x BN columns, BK deep; GROUP row tiles share the L2."""
+    """BM rows (tokens, or weight rows in weight_grad) x BN columns, BK deep; GROUP row tiles share the L2.
+
+    programs: of a persistent kernel, per multiprocessor; with two, one's epilogue runs beside the other's products.
+    experts: for at most so many; with more, the search for a tile's expert takes registers that it needs itself.
+    """
 
     BM: int
     BN: int
@@ -16,50 +26,130 @@ class Tile:
     GROUP: int = 8
     warps: int = 8
     stages: int = 3
+    programs: int = 1
+    experts: int | None = None
 
-    def meta(self, itemsize: int) -> dict[str, int]:
-        """The kernel's compile-time sizes for operands of `itemsize` bytes."""
-        depth = self.BK if itemsize <= 2 else self.BK // 2
-        return {"BM": self.BM, "BN": self.BN, "BK": depth, "GROUP": self.GROUP}
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the kernel is compiled for, by the names of its parameters."""
+        return {"BM": self.BM, "BN": self.BN, "BK": self.BK, "GROUP": self.GROUP, "PROGRAMS": self.programs}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+    @property
+    def name(self) -> str:
+        twice = f" x{self.programs}" if self.programs > 1 else ""
+        return f"{self.BM}x{self.BN}x{self.BK} w{self.warps} s{self.stages}{twice}"
 
 
 GEMMS = ("up", "up_gated", "down", "dz", "dz_gated", "dx", "weight_grad")
+PERSISTENT = tuple(gemm for gemm in GEMMS if gemm != "weight_grad")
 
 # Candidates, best guess first. All dz candidates of a row share BN: the parts of dw are laid out by it.
 _WIDE = Tile(BM=128, BN=256, BK=64, stages=3)
 _SQUARE = Tile(BM=128, BN=128, BK=64, stages=3)
 _SMALL = Tile(BM=64, BN=128, BK=64, warps=4, stages=3)
 _NARROW = Tile(BM=128, BN=64, BK=64, stages=3)
-TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
+# The same bytes in shared memory as with 16 bits.
+_SQUARE_32 = Tile(BM=128, BN=128, BK=32, stages=3)
+_SMALL_32 = Tile(BM=64, BN=128, BK=32, warps=4, stages=3)
+_NARROW_32 = Tile(BM=128, BN=64, BK=32, stages=3)
+_TF32X3 = dict.fromkeys(GEMMS, (_NARROW_32,))  # operands in two halves each: registers for no wider one
+_IEEE = dict.fromkeys(GEMMS, (Tile(BM=64, BN=64, BK=16, stages=3),))
+# The largest tile of which two fit a multiprocessor without spilling. 128 x 128 does not, with 4 warps or 8.
+_SMALL_TWICE = replace(_SMALL, programs=2)
+
+Row = dict[str, tuple[Tile, ...]]
+TILES: dict[str, dict[str, Row]] = {
     "sm80": {
-        **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
-        "weight_grad": (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=64, BN=128, BK=32, warps=4, stages=4)),
+        "16-bit": {
+            **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
+            "weight_grad": (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=64, BN=128, BK=32, warps=4, stages=4)),
+        },
+        "tf32": {
+            **dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
+            "dz": (_SQUARE_32,),
+            "dz_gated": (_NARROW_32,),
+            "weight_grad": (_SQUARE_32,),
+        },
+        "tf32x3": _TF32X3,
+        "ieee": _IEEE,
     },
     # A gated up holds two accumulators, dz an epilogue's worth of registers: no wide tiles for them.
     "sm90": {
-        **dict.fromkeys(GEMMS, (_WIDE, _SQUARE, _SMALL)),
-        "up_gated": (_SQUARE, _SMALL),
-        "dz": (_SQUARE, _SMALL),
-        "dz_gated": (_SQUARE, _SMALL),
-        "weight_grad": (_WIDE, _SQUARE),
+        "16-bit": {
+            **dict.fromkeys(GEMMS, (_WIDE, _SQUARE, _SMALL, _SMALL_TWICE)),
+            "up_gated": (_SQUARE, _SMALL, _SMALL_TWICE),
+            "dz": (_SQUARE, _SMALL, _SMALL_TWICE),
+            "dz_gated": (_SQUARE, _SMALL, _SMALL_TWICE),
+            "dx": (replace(_WIDE, experts=128), _SQUARE, _SMALL, _SMALL_TWICE),
+            "weight_grad": (_WIDE, _SQUARE),
+        },
+        "tf32": {**dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)), "dz_gated": (_NARROW_32,)},
+        "tf32x3": _TF32X3,
+        "ieee": _IEEE,
     },
     # Accumulators come out of tensor memory whole, so an epilogue costs more registers than on sm90.
     "sm100": {
-        **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
-        "up_gated": (_SQUARE,),
-        "dz_gated": (_NARROW,),
-        "dx": (_WIDE, _SQUARE, _SMALL),
-        "weight_grad": (_WIDE, _SQUARE),
+        "16-bit": {
+            **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
+            "up_gated": (_SQUARE,),
+            "dz_gated": (_NARROW,),
+            "dx": (_WIDE, _SQUARE, _SMALL),
+            "weight_grad": (_WIDE, _SQUARE),
+        },
+        "tf32": {
+            **dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
+            "up": (Tile(BM=64, BN=64, BK=32, stages=2),),
+            "dz_gated": (_NARROW_32,),
+        },
+        "tf32x3": _TF32X3,
+        "ieee": _IEEE,
     },
-    # 64 KiB of shared memory; two stages are one buffer there.
+    # 64 KiB of shared memory; two stages are one buffer there. Its matrix units take float32 as it is.
     "gfx942": {
-        **dict.fromkeys(GEMMS, (Tile(BM=128, BN=128, BK=64, stages=2), Tile(BM=64, BN=128, BK=64, stages=2))),
-        "dz_gated": (Tile(BM=64, BN=128, BK=64, stages=2),),
+        "16-bit": {
+            **dict.fromkeys(GEMMS, (Tile(BM=128, BN=128, BK=64, stages=2), Tile(BM=64, BN=128, BK=64, stages=2))),
+            "dz_gated": (Tile(BM=64, BN=128, BK=64, stages=2),),
+        },
+        "tf32": dict.fromkeys(GEMMS, (Tile(BM=128, BN=64, BK=32, stages=2),)),
+        "ieee": {
+            **dict.fromkeys(GEMMS, (Tile(BM=128, BN=64, BK=32, stages=2), Tile(BM=64, BN=64, BK=16, stages=2))),
+            "dz_gated": (Tile(BM=64, BN=64, BK=16, stages=2),),
+        },
     },
-    # Its cost is the number of programs and steps, whatever their size.
-    "interpreter": dict.fromkeys(GEMMS, (Tile(BM=64, BN=64, BK=64, GROUP=2),)),
 }
+# Where a row is no multiple of 16 long, the compiler cannot tell that neighbours may be loaded at once: each element
+# is loaded by itself, without asynchronous copies, and that takes registers.
+_ODD = Tile(BM=64, BN=64, BK=32, stages=2)
+ODD_TILES: dict[str, dict[str, Tile]] = {
+    "sm80": dict.fromkeys(("16-bit", *PRECISIONS), replace(_ODD, BK=16)),
+    "sm90": {**dict.fromkeys(("16-bit", *PRECISIONS), _ODD), "ieee": replace(_ODD, BN=32, BK=16)},
+    "sm100": {**dict.fromkeys(("16-bit", *PRECISIONS), _ODD), "ieee": replace(_ODD, BN=32, BK=16)},
+    "gfx942": dict.fromkeys(("16-bit", *PRECISIONS), _ODD),
+}
+# Its cost is the number of programs and steps, whatever their size.
+INTERPRETER_TILE = Tile(BM=64, BN=64, BK=64, GROUP=2)
 DESCRIPTOR_ARCHITECTURES = ("sm90", "sm100")  # on sm80, descriptor code is emulated and spills
+
+
+def candidates(
+    architecture: str, gemm: str, itemsize: int, precision: str, lengths: Iterable[int], experts: int = 1
+) -> tuple[Tile, ...]:
+    """The tiles that a GEMM may take on an architecture, best guess first.
+
+    itemsize, precision: of its operands, in bytes and as in PRECISIONS; lengths: of the rows that it reads and writes.
+    """
+    if architecture == "interpreter":
+        return (INTERPRETER_TILE,)
+    kind = "16-bit" if itemsize == 2 else precision
+    if any(length % 16 for length in lengths):
+        return (ODD_TILES[architecture][kind],)
+    return tuple(t for t in TILES[architecture][kind][gemm] if t.experts is None or experts <= t.experts)
+
 
 # The weight that a kernel may read through a descriptor, and the sides of the block it reads: A W^T, or A W.
 WEIGHTS = {

@@ -26,7 +26,6 @@ from .dispatch import BlockSums, LossValues, Permuted, Routed
 from .primitives import INTERPRETED
 from .run import Launch, observing
 from .shapes import SHAPES, Shape, layer_launches, run_layer
-from .tiles import TILES
 
 TOLERANCE = 0.05
 
@@ -201,7 +200,7 @@ def _route_backward(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
     blocks, steps = launch.grid({})[0], cdiv(launch.args["D"], launch.args["BD"])
     again = (
         (blocks - 1) * found["w"].nbytes
-        + steps * found["ddot"].nbytes
+        + (steps * found["ddot"].nbytes if launch.args["NP"] > launch.args["BN"] else 0)
         + (steps - 1) * found["inverse"].nbytes
         + found["weights"].nbytes
         + found["dweights"].nbytes
@@ -294,7 +293,7 @@ def checked(shape: Shape) -> list[tuple[str, Traffic, Traffic]]:
     loads = offsets.diff().tolist()
     rows = []
     for launch, count in zip(counter.launches, counter.counts, strict=True):
-        meta = TILES["interpreter"][launch.gemm][0].meta(launch.itemsize) if launch.gemm else {}
+        meta = launch.tiles("interpreter")[0].sizes if launch.gemm else {}
         rows.append((launch.name, Traffic(**count), requested(launch, meta, loads)))
     return rows
 
@@ -366,7 +365,7 @@ def floor_table(shape: Shape) -> list[list[str]]:
         row = [launch.name, f"{once.total / 1e6:.1f}", f"{work / 1e9:.1f}" if work else ""]
         for name, gpu in GPUS.items():
             here = launches[gpu.architecture][i]
-            meta = TILES[gpu.architecture][here.gemm][0].meta(here.itemsize) if here.gemm else {}
+            meta = here.tiles(gpu.architecture)[0].sizes if here.gemm else {}
             seconds = max(least(here).total / gpu.bandwidth, work / gpu.flops)
             sums[name] += seconds
             row.append(f"{seconds * 1e6:.1f} ({requested(here, meta, even).total / least(here).total:.1f}x)")

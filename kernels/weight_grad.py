@@ -33,6 +33,7 @@ def weight_grad_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     """dw [N, M, C] = sum over an expert's rows r of left[r] (x) right[r]; db [N, M] = sum of left[r], weighted by w if
     WEIGH_BIAS. A gathered side is indexed by token, else by row. Grid: (tiles of [M, C], N). BK rows per step.

@@ -7,10 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from libmoe_fast import ConfigError
 from libmoe_fast.kernels import experts, run
 from libmoe_fast.kernels.dispatch import Permuted
 from libmoe_fast.kernels.shapes import SHAPES, layer_launches
-from libmoe_fast.kernels.tiles import GEMMS, TUNING_KEYS
+from libmoe_fast.kernels.tiles import GEMMS, TILES, TUNING_KEYS, Tile, candidates
+
+FLOAT32, BFLOAT16 = torch.empty(1), torch.empty(1, dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -46,8 +49,10 @@ def test_a_kernel_is_launched_where_its_tensors_are(index, two_gpus):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """As in a process without TRITON_INTERPRET; whatever float32 precision is set here is undone."""
+    """As in a process without TRITON_INTERPRET on an sm90; whatever float32 precision is set here is undone."""
     monkeypatch.setattr(experts, "INTERPRETED", False)
+    monkeypatch.setattr(experts, "architecture", lambda device: "sm90")
+    monkeypatch.delenv(experts.FP32_VARIABLE, raising=False)
     before = torch.backends.cuda.matmul.fp32_precision
     yield
     torch.backends.cuda.matmul.fp32_precision = before
@@ -65,8 +70,8 @@ def compiled(monkeypatch):
 )
 def test_tf32_only_where_allowed(allow, expected, compiled):
     allow(torch.backends.cuda.matmul)
-    assert experts.precision(torch.float32) == expected
-    assert experts.precision(torch.bfloat16) == "ieee"
+    assert experts.precision(FLOAT32) == expected
+    assert experts.precision(BFLOAT16) == "ieee"
 
 
 def test_precision_never_reads_the_switch_that_raises(compiled, monkeypatch):
@@ -80,8 +85,55 @@ def test_precision_never_reads_the_switch_that_raises(compiled, monkeypatch):
             raise RuntimeError("mix of the legacy and new APIs")
 
     monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul())
-    assert experts.precision(torch.bfloat16) == "ieee"
-    assert experts.precision(torch.float32) == "tf32"
+    assert experts.precision(BFLOAT16) == "ieee"
+    assert experts.precision(FLOAT32) == "tf32"
+
+
+@pytest.mark.parametrize(
+    ("arch", "asked", "expected"),
+    [
+        ("sm80", "tf32x3", "tf32x3"),
+        ("sm90", "tf32", "tf32"),
+        ("sm90", "ieee", "ieee"),
+        ("gfx942", "tf32", "tf32"),
+        ("gfx942", "tf32x3", "ieee"),  # Triton has it on NVIDIA only; AMD's matrix units take float32 as it is
+    ],
+)
+def test_precision_that_is_asked_for(arch, asked, expected, compiled, monkeypatch):
+    """LIBMOE_FAST_FP32 wins over torch's switch."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if expected == "tf32" else "tf32"
+    monkeypatch.setattr(experts, "architecture", lambda device: arch)
+    monkeypatch.setenv(experts.FP32_VARIABLE, asked)
+    assert experts.precision(FLOAT32) == expected
+    assert experts.precision(BFLOAT16) == "ieee"
+
+
+def test_a_precision_that_does_not_exist(compiled, monkeypatch):
+    monkeypatch.setenv(experts.FP32_VARIABLE, "fp64")
+    with pytest.raises(ConfigError, match="LIBMOE_FAST_FP32 is 'fp64'; expected one of ieee, tf32x3, tf32"):
+        experts.precision(FLOAT32)
+
+
+@pytest.mark.parametrize("arch", TILES)
+def test_every_operand_has_tiles(arch):
+    """Also what a user sets by himself; and all dz candidates share BN, by which the parts of dw are laid out."""
+    for gemm in GEMMS:
+        for itemsize, precision in [(2, "ieee"), (4, "ieee"), (4, "tf32"), (4, "tf32x3")]:
+            if (arch, precision) == ("gfx942", "tf32x3"):
+                continue
+            for lengths, num_experts in [((1024, 4096), 4), ((1024, 4096), 256), ((1000, 4096), 4)]:
+                found = candidates(arch, gemm, itemsize, precision, lengths, num_experts)
+                assert found, (gemm, itemsize, precision)
+                assert gemm not in ("dz", "dz_gated") or len({tile.BN for tile in found}) == 1
+
+
+def test_a_tile_with_two_programs_fills_each_processor_twice():
+    tile = Tile(BM=128, BN=128, BK=64, programs=2)
+    grid = experts.persistent(rows=100_000, num_experts=4, columns=4096, device=torch.device("cuda"))
+    with run.observing(lambda launch: None, architecture="sm90", programs=132):
+        assert grid(tile.sizes) == (264,)
+        few = experts.persistent(rows=100, num_experts=4, columns=512, device=torch.device("cuda"))
+        assert few(tile.sizes) == ((1 + 3) * 4,)  # a row tile, and one more at each expert's edge, of 4 columns
 
 
 @pytest.mark.parametrize(("rows", "power"), [(1, 0), (14, 3), (16, 4), (4616, 12), (8191, 12), (8192, 13)])

@@ -11,8 +11,9 @@ from kernel_checks import (
     run_experts,
 )
 
+from libmoe_fast.kernels import tiles
 from libmoe_fast.kernels.run import INTERPRETER_PROGRAMS, observing
-from libmoe_fast.kernels.tiles import GEMMS, TILES, Tile
+from libmoe_fast.kernels.tiles import Tile
 from libmoe_fast.reference import ACTIVATIONS
 
 KERNELS = load_kernels()
@@ -100,7 +101,7 @@ def test_idle_gradients_are_written(monkeypatch):
 )
 def test_tiles_of_other_shapes(gated, tile, monkeypatch):
     """BM, BN and BK differ, so that none can stand in for another; read through pointers, then through descriptors."""
-    monkeypatch.setitem(TILES, "interpreter", dict.fromkeys(GEMMS, (tile,)))
+    monkeypatch.setattr(tiles, "INTERPRETER_TILE", tile)
     case = ExpertCase(D=48, H=176, O=32, N=3, K=2, T=60, gated=gated)
     check_experts(KERNELS, case)
     monkeypatch.setattr(KERNELS.experts, "descriptors_usable", lambda *_: True)
@@ -127,7 +128,7 @@ def test_programs_walk_over_several_tiles():
     case, grids = ExpertCase(**ODD), {}
     data = expert_data(case)
     busy = data.index.unique().numel()  # each has a row tile at least
-    with observing(lambda launch: grids.setdefault(launch.gemm, launch.grid({"BM": 64, "BN": 64}))):
+    with observing(lambda launch: grids.setdefault(launch.gemm, launch.grid({"BM": 64, "BN": 64, "PROGRAMS": 1}))):
         run_experts(KERNELS, case, data)
     if DEVICE == "cpu":
         assert [grids[gemm] for gemm in ("up", "down", "dz", "dx")] == [(INTERPRETER_PROGRAMS,)] * 4

@@ -48,7 +48,7 @@ CHECKS: dict[str, Callable[[Kernels], None]] = {
         kernels, DispatchCase(router={"bias": "score", "probability": "softmax_sigmoid"}, over="topk")
     ),
     "ties": check_ties,
-    "experts": lambda kernels: check_experts(kernels, ExpertCase(T=100, N=4, K=2)),
+    "experts": lambda kernels: check_experts(kernels, ExpertCase(T=160, N=4, K=2)),
     "gated": lambda kernels: check_experts(kernels, ExpertCase(gated=True, activation="silu")),
     "bfloat16": lambda kernels: check_experts(kernels, ExpertCase(dtype=torch.bfloat16)),
 }

@@ -1,0 +1,134 @@
+"""Every tile of the table, not only those that the tuner would choose: right, all written, the same bits each time.
+
+At real sizes on a GPU (`make gpu` runs it there); at tiny ones in the interpreter, which has one tile.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from dispatch_checks import assert_as_accurate
+from kernel_checks import DEVICE, ExpertCase, expert_data, load_kernels, run_experts, torch_experts
+
+from libmoe_fast.kernels.experts import FP32_VARIABLE
+from libmoe_fast.kernels.run import architecture, choosing
+from libmoe_fast.kernels.tiles import GEMMS, candidates
+
+KERNELS = load_kernels()
+ARCHITECTURE = architecture(torch.device(DEVICE))
+REPEATS = 20 if DEVICE == "cuda" else 1  # a race shows now and then
+
+# The gated one has small experts, so that float64 copies of it fit a GPU several times: tests run side by side.
+GPU_SIZES = {
+    "CLIP-L": {"T": 2308, "D": 1024, "H": 4096, "O": 1024, "N": 4, "K": 2},
+    "SigLIP": {"T": 1024, "D": 1152, "H": 4304, "O": 1152, "N": 4, "K": 2},
+    "fine-grained": {"T": 2304, "D": 512, "H": 256, "O": 512, "N": 64, "K": 8, "gated": True, "activation": "silu"},
+    "odd": {"T": 1000, "D": 1000, "H": 1100, "O": 1000, "N": 6, "K": 3},
+    "decoding": {"T": 7, "D": 1024, "H": 4096, "O": 1024, "N": 8, "K": 2, "load": "some idle"},
+}
+TINY_SIZES = {
+    "CLIP-L": {"T": 40, "D": 32, "H": 128, "O": 32, "N": 4, "K": 2},
+    "SigLIP": {"T": 20, "D": 36, "H": 269, "O": 36, "N": 4, "K": 2},
+    "fine-grained": {"T": 30, "D": 16, "H": 24, "O": 16, "N": 16, "K": 4, "gated": True, "activation": "silu"},
+    "odd": {"T": 21, "D": 25, "H": 41, "O": 25, "N": 6, "K": 3},
+    "decoding": {"T": 3, "D": 32, "H": 128, "O": 32, "N": 8, "K": 2, "load": "some idle"},
+}
+SIZES = GPU_SIZES if DEVICE == "cuda" else TINY_SIZES
+OPERANDS = {
+    "bfloat16": (torch.bfloat16, "ieee"),
+    "float16": (torch.float16, "ieee"),
+    "float32-ieee": (torch.float32, "ieee"),
+    "float32-tf32": (torch.float32, "tf32"),  # beside PyTorch's own tf32
+    "float32-tf32x3": (torch.float32, "tf32x3"),  # beside PyTorch's full precision: may it be the default?
+}
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory that no kernel has written holds NaN, and the largest integers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def pytorch_precision(precision: str):
+    """PyTorch's own float32 products, in tf32 only where ours are."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_tile(size, operands, poisoned_memory, monkeypatch):
+    dtype, precision = OPERANDS[operands]
+    if DEVICE == "cpu" and operands in ("float32-tf32", "float32-tf32x3"):
+        pytest.skip("the interpreter multiplies float32 as it is")
+    monkeypatch.setenv(FP32_VARIABLE, precision)
+    assert not failures(ExpertCase(**SIZES[size], dtype=dtype), precision)
+
+
+def failures(case: ExpertCase, precision: str, run: Callable = run_experts) -> str:
+    """What is wrong with the results of `run` on any tile, a line for each; empty if nothing is."""
+    data = expert_data(case)
+    with pytorch_precision(precision):
+        theirs = torch_experts(case, data, None)
+    exact = torch_experts(case, data, torch.float64)
+    operands = (case.dtype.itemsize, precision, (case.D, case.H, case.O), case.N)
+    tiles = {gemm: candidates(ARCHITECTURE, gemm, *operands) for gemm in GEMMS}
+    found = []
+    for number in range(max(map(len, tiles.values()))):
+        chosen = {gemm: candidates[number % len(candidates)] for gemm, candidates in tiles.items()}
+        with choosing(lambda gemm, found, number=number: found[number % len(found)]):
+            ours = run(KERNELS, case, data)
+            again = [run(KERNELS, case, data) for _ in range(REPEATS)]
+        names = ", ".join(f"{gemm} {tile.name}" for gemm, tile in chosen.items())
+        try:
+            assert_as_accurate(ours, theirs, exact, depth=case.depth)
+        except AssertionError as error:
+            found.append(f"wrong: {str(error).splitlines()[0]}, with {names}")
+        differing = {name for other in again for name in ours if not torch.equal(ours[name], other[name])}
+        if differing:
+            found.append(f"not the same bits on every run: {', '.join(sorted(differing))}, with {names}")
+    return "\n".join(found)
+
+
+def slightly_off(results: dict, run: int) -> None:
+    results["dw1"].mul_(1.001)
+
+
+def left_unwritten(results: dict, run: int) -> None:
+    results["dx"][-1, -1] = float("nan")
+
+
+def racing(results: dict, run: int) -> None:
+    if run == REPEATS:  # the last run only
+        results["y"][0, 0] = torch.nextafter(results["y"][0, 0], torch.tensor(2.0, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (slightly_off, "wrong: dw1"),
+        (left_unwritten, "wrong: dx: nan"),
+        (racing, "not the same bits on every run: y"),
+    ],
+)
+def test_faults_are_named(fault, message):
+    """The check is sharp: results that are a little off, not written or not repeated are found, with their tiles."""
+    runs = itertools.count()
+
+    def faulty(*arguments):
+        results = run_experts(*arguments)
+        fault(results, next(runs) % (REPEATS + 1))
+        return results
+
+    found = failures(ExpertCase(T=9), "ieee", faulty)
+    assert found.startswith(message)
+    assert "up " in found
