@@ -275,7 +275,7 @@ def dispatch_backward(
     dw_norm = floats(blocks, N, needed=spec.score == "cosine")
     dtemperature_parts = floats(blocks, needed=inputs.temperature is not None)
     arguments = spec_arguments(spec, inputs, temperature, block, BACKWARD_STEP)
-    warps = 4 if N < 64 else 8  # fewer would not hold what is [tokens, N] here
+    warps = 8 if N >= 64 or D % 16 else 4  # fewer would not hold what is [tokens, N], or loads of single elements
     run(
         route_backward_kernel,
         (blocks,),
