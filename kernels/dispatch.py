@@ -108,7 +108,7 @@ def depth_step(x: Tensor, num_experts: int, step: int) -> int:
     """Columns of x per step of `step` bytes, 16 at least; fewer with many experts: [N, columns] stays in registers."""
     most = max(32, 2048 // padded_experts(num_experts))
     if x.shape[1] % 16:
-        most = min(most, 64)  # each element is then loaded by itself, which takes registers
+        step //= 2  # each element is then loaded by itself, which takes registers
     return max(16, min(step // x.element_size(), triton.next_power_of_2(x.shape[1]), most))
 
 
