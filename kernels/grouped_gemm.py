@@ -70,6 +70,42 @@ def product(
     return acc
 
 
+@triton.jit
+def two_products(
+    z,
+    up,
+    x_ptr,
+    tokens,
+    live,
+    w1,
+    expert,
+    h0,
+    H,
+    D,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """z, up [BM, BN] + X[tokens] times rows h0..h0+BN of an expert's W1 [2H, D] and those H below; x is loaded once."""
+    h = h0 + tl.arange(0, BN)
+    if not DESCRIPTOR:
+        w1 += expert.to(tl.int64) * D * (H * 2)
+    for k0 in range(0, D, BK):
+        k = k0 + tl.arange(0, BK)
+        x = tl.load(x_ptr + tokens[:, None] * D + k[None, :], mask=live[:, None] & (k[None, :] < D), other=0.0)
+        if DESCRIPTOR:
+            gate_rows = tl.reshape(w1.load([expert, h0, k0]), (BN, BK))
+            up_rows = tl.reshape(w1.load([expert, H + h0, k0]), (BN, BK))
+        else:
+            inside = (h[:, None] < H) & (k[None, :] < D)
+            gate_rows = tl.load(w1 + h[:, None] * D + k[None, :], mask=inside, other=0.0)
+            up_rows = tl.load(w1 + (H + h[:, None]) * D + k[None, :], mask=inside, other=0.0)
+        z = dot(x, tl.trans(gate_rows), z, PRECISION)
+        up = dot(x, tl.trans(up_rows), up, PRECISION)
+    return z, up
+
+
 @gemm_jit
 def up_kernel(
     x_ptr,
@@ -110,11 +146,11 @@ def up_kernel(
         h0 = column_tile * BN
 
         z = tl.zeros((BM, BN), tl.float32)
-        z = product(z, x_ptr, tokens, live, w1, expert, h0, D, H1, True, DESCRIPTOR, PRECISION, BN, BK)
         up = z
         if GATED:
-            up = tl.zeros((BM, BN), tl.float32)
-            up = product(up, x_ptr, tokens, live, w1, expert, H + h0, D, H1, True, DESCRIPTOR, PRECISION, BN, BK)
+            z, up = two_products(z, up, x_ptr, tokens, live, w1, expert, h0, H, D, DESCRIPTOR, PRECISION, BN, BK)
+        else:
+            z = product(z, x_ptr, tokens, live, w1, expert, h0, D, H1, True, DESCRIPTOR, PRECISION, BN, BK)
         up_pieces(
             z, up, first, row, live, expert, h0,
             b1_ptr, z_ptr, a_ptr, H, ACTIVATION, GATED, BIAS, STORE_Z, BM, BN,

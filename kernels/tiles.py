@@ -67,18 +67,20 @@ TILES: dict[str, dict[str, Row]] = {
     "sm80": {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
+            "up_gated": (_NARROW,),
             "weight_grad": (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=64, BN=128, BK=32, warps=4, stages=4)),
         },
         "tf32": {
             **dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
+            "up_gated": (_NARROW_32,),
             "dz": (_SQUARE_32,),
             "dz_gated": (_NARROW_32,),
             "weight_grad": (_SQUARE_32,),
         },
-        "tf32x3": _TF32X3,
+        "tf32x3": {**_TF32X3, "up_gated": (Tile(BM=64, BN=64, BK=16, stages=2),)},
         "ieee": _IEEE,
     },
-    # A gated up holds two accumulators, dz an epilogue's worth of registers: no wide tiles for them.
+    # A gated up holds two accumulators at once, dz an epilogue's worth of registers: no wide tiles for them.
     "sm90": {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_WIDE, _SQUARE, _SMALL, _SMALL_TWICE)),
@@ -104,6 +106,7 @@ TILES: dict[str, dict[str, Row]] = {
         "tf32": {
             **dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
             "up": (Tile(BM=64, BN=64, BK=32, stages=2),),
+            "up_gated": (_NARROW_32,),
             "dz_gated": (_NARROW_32,),
         },
         "tf32x3": _TF32X3,
@@ -127,7 +130,7 @@ TILES: dict[str, dict[str, Row]] = {
 _ODD = Tile(BM=64, BN=64, BK=32, stages=2)
 ODD_TILES: dict[str, dict[str, Tile]] = {
     "sm80": dict.fromkeys(("16-bit", *PRECISIONS), replace(_ODD, BK=16)),
-    "sm90": {**dict.fromkeys(("16-bit", *PRECISIONS), _ODD), "ieee": replace(_ODD, BN=32, BK=16)},
+    "sm90": {"16-bit": _ODD, "tf32": _ODD, "tf32x3": replace(_ODD, BK=16), "ieee": replace(_ODD, BN=32, BK=16)},
     "sm100": {**dict.fromkeys(("16-bit", *PRECISIONS), _ODD), "ieee": replace(_ODD, BN=32, BK=16)},
     "gfx942": dict.fromkeys(("16-bit", *PRECISIONS), _ODD),
 }

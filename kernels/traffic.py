@@ -121,21 +121,21 @@ def cdiv(a: int, b: int) -> int:
 
 
 def _gemm(
-    launch: Launch, meta: dict, loads: list[int], *, width: int, depth: int, passes: int = 1
+    launch: Launch, meta: dict, loads: list[int], *, width: int, depth: int, weights: int = 1
 ) -> tuple[int, int, int]:
-    """(row tiles, column tiles, bytes of operands) of a product [rows, depth] x [depth, width]."""
+    """(row tiles, column tiles, bytes of operands) of [rows, depth] times each of some weights [depth, width]."""
     row_tiles = sum(cdiv(rows, meta["BM"]) for rows in loads)
     column_tiles = cdiv(width, meta["BN"])
-    operands = sum(loads) * depth * column_tiles + row_tiles * depth * width
-    return row_tiles, column_tiles, operands * launch.itemsize * passes
+    operands = sum(loads) * depth * column_tiles + row_tiles * depth * width * weights
+    return row_tiles, column_tiles, operands * launch.itemsize
 
 
 def _up(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
     a, rows, size = launch.args, sum(loads), launch.itemsize
-    passes = 2 if a["GATED"] else 1
-    row_tiles, column_tiles, operands = _gemm(launch, meta, loads, width=a["H"], depth=a["D"], passes=passes)
-    bias = row_tiles * a["H"] * passes * size if a["BIAS"] else 0
-    z = rows * a["H"] * passes * size if a["STORE_Z"] else 0
+    weights = 2 if a["GATED"] else 1
+    row_tiles, column_tiles, operands = _gemm(launch, meta, loads, width=a["H"], depth=a["D"], weights=weights)
+    bias = row_tiles * a["H"] * weights * size if a["BIAS"] else 0
+    z = rows * a["H"] * weights * size if a["STORE_Z"] else 0
     return Traffic(loads=operands + bias + 8 * rows * column_tiles, stores=z + rows * a["H"] * size)
 
 

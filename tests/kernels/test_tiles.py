@@ -57,11 +57,13 @@ def poisoned_memory():
 
 @contextlib.contextmanager
 def pytorch_precision(precision: str):
-    """PyTorch's own float32 products, in tf32 only where ours are."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    """PyTorch's own float32 products, in tf32 only where ours are.
+
+    By the old switch, which sets the new one too: in some versions a product raises where the two differ.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     yield
-    torch.backends.cuda.matmul.fp32_precision = before
+    torch.backends.cuda.matmul.allow_tf32 = False  # as conftest.py sets it
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
