@@ -88,7 +88,7 @@ TILES: dict[str, dict[str, Row]] = {
             "dz": (_SQUARE, _SMALL, _SMALL_TWICE),
             "dz_gated": (_SQUARE, _SMALL, _SMALL_TWICE),
             "dx": (replace(_WIDE, experts=128), _SQUARE, _SMALL, _SMALL_TWICE),
-            "weight_grad": (_WIDE, _SQUARE),
+            "weight_grad": (replace(_WIDE, stages=5), _WIDE, _SQUARE),  # five: three buffers, rows two steps ahead
         },
         "tf32": {**dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)), "dz_gated": (_NARROW_32,)},
         "tf32x3": _TF32X3,
