@@ -46,7 +46,6 @@ class Tile:
 
 
 GEMMS = ("up", "up_gated", "down", "dz", "dz_gated", "dx", "weight_grad")
-PERSISTENT = tuple(gemm for gemm in GEMMS if gemm != "weight_grad")
 
 # Candidates, best guess first. All dz candidates of a row share BN: the parts of dw are laid out by it.
 _WIDE = Tile(BM=128, BN=256, BK=64, stages=3)
