@@ -72,7 +72,7 @@ def tiles(tiny: bool) -> list[dict[str, Any]]:
 def tile_rows(launch: Launch, shape: Shape, rounds: int) -> list[dict[str, Any]]:
     """The candidates of one launch, on its real arguments."""
     candidates = {tile.name: tile for tile in launch.tiles(architecture(DEVICE))}
-    entrants = {name: Entrant(forced(launch, tile)) for name, tile in candidates.items()}
+    entrants = {name: graphed(Entrant(forced(launch, tile))) for name, tile in candidates.items()}
     sides = product_sides(launch, shape)
     contest = race(entrants, limit=product_of(*sides), rounds=rounds)
     work, rows = flops(launch, shape.rows), []
@@ -138,8 +138,7 @@ def layers(tiny: bool) -> list[dict[str, Any]]:
     for case in preset.cases:
         arena = build_arena(case, DEVICE)
         entrants = dict(arena.entrants)
-        if DEVICE.type == "cuda":
-            entrants[GRAPH] = graphed(arena.entrants[OURS])
+        entrants[GRAPH] = graphed(arena.entrants[OURS])
         contest = Contest(entrants, limit=arena.make_limit(), clock=make_clock(DEVICE), flush=make_flush(DEVICE))
         contest.run(preset.rounds(contest.warm_up(patience=2.0)))
         for name, timing in contest.timings.items():
@@ -153,7 +152,12 @@ def layers(tiny: bool) -> list[dict[str, Any]]:
 
 
 def graphed(entrant: Entrant) -> Entrant:
-    """The same work as one CUDA graph, captured after warm-up on a stream of its own, as capture asks for."""
+    """The same work as one CUDA graph, without the time that Python takes to launch it: longer than a small kernel's.
+
+    Captured after warm-up on a stream of its own, as capture asks for. The interpreter has no graphs.
+    """
+    if DEVICE.type != "cuda":
+        return entrant
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
