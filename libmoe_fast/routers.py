@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,10 @@ from libmoe_fast.spec import RouterSpec, Routing, check_choice
 
 GENERATED_AT_A_TIME = 8192  # rows of the hypernetwork's second layer
 GATE_STD = 0.02  # LibMoE draws every gate from N(0, 0.02)
+ALWAYS_ONE = """\
+router {name!r} with top_k = 1: the one gate weight of a token is always 1, so the task's loss gives the router no \
+gradient, only the auxiliary losses do. Take top_k = 2 or more, or weights that are not normalized: router "smoe" or \
+"sigmoid" with normalize="none" (Switch Transformer: the probability itself)."""
 
 ROUTERS: dict[str, type["Router"]] = {}
 
@@ -64,7 +69,11 @@ def build_router(name: str, dim: int, num_experts: int, top_k: int, **options) -
     if unknown := sorted(set(options) - set(known)):
         allowed = ", ".join(o for o in known if o not in ("device", "dtype"))
         raise ConfigError(f"router {name!r} has no option {', '.join(unknown)}; it has: {allowed or 'none'}")
-    return cls(dim, num_experts, top_k, **options)
+    router = cls(dim, num_experts, top_k, **options)
+    spec = getattr(router, "spec", None)
+    if spec is not None and spec.top_k == 1 < spec.num_experts and spec.weights_sum_to_one:
+        warnings.warn(ALWAYS_ONE.format(name=name), stacklevel=2)
+    return router
 
 
 class Router(nn.Module):
@@ -104,12 +113,24 @@ class SMoERouter(Router):
 
     noise: training noise on the score, LibMoE eq. 2. "off" (LibMoE v1.1), "gaussian" (std `noise_std`), or "learned":
     noisy top-k, std softplus(x . noise_weight_i) (Shazeer et al. 2017, eq. 4), noise_weight [N, D] from zero.
+    normalize: "sum" (w = p / sum p), or "none" (w = p, Fedus et al. 2022, eq. 2: what a router with K = 1 learns from;
+    weights do not sum to 1, so an upcycled layer does not start equal to its dense MLP).
     """
 
     def __init__(
-        self, dim: int, num_experts: int, top_k: int, *, noise="off", noise_std: float = 1.0, device=None, dtype=None
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        noise: str = "off",
+        noise_std: float = 1.0,
+        normalize: str = "sum",
+        device=None,
+        dtype=None,
     ) -> None:
-        spec = RouterSpec(num_experts=num_experts, top_k=top_k, noise=noise, noise_std=noise_std)
+        check_choice("normalize", normalize, ("sum", "none"))
+        spec = RouterSpec(num_experts=num_experts, top_k=top_k, noise=noise, noise_std=noise_std, gate=normalize)
         super().__init__(dim, spec, device=device, dtype=dtype)
         if noise == "learned":
             self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))  # [N, D]

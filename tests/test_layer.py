@@ -211,6 +211,42 @@ def test_idle_experts_get_zero_gradients(backend):
         assert torch.equal(parameter.grad[1:], torch.zeros_like(parameter.grad[1:])), name
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("router", ["smoe", "cosine", "perturbed_cosine", "sigmoid"])
+def test_one_choice_of_weight_one_teaches_the_router_nothing(router, backend):
+    """Warned of: the weight is 1 whatever the scores, so the task's loss has no say in them."""
+    with pytest.warns(UserWarning, match=f"router '{router}' with top_k = 1: the one gate weight .* is always 1"):
+        moe = MoE(8, 16, 8, num_experts=4, top_k=1, router=router, aux_mode="off", backend=backend)
+    moe(torch.randn(10, 8)).square().sum().backward()
+    for name, parameter in moe.router.named_parameters():
+        assert parameter.grad is None or parameter.grad.abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("router", ["smoe", "sigmoid"])
+def test_one_choice_learns_from_its_probability(router, backend, recwarn):
+    """Switch Transformer, eq. 2: y = p E(x) with the chosen expert's p, through which the router learns."""
+    torch.manual_seed(0)
+    options = {"router_options": {"normalize": "none"}, "aux_mode": "off", "backend": backend}
+    moe, x = MoE(8, 16, 8, num_experts=4, top_k=1, router=router, **options), torch.randn(10, 8)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    y = moe(x)
+    scores = x @ moe.router.weight.T + (0 if moe.router.bias is None else moe.router.bias)
+    p, chosen = (scores.softmax(-1) if router == "smoe" else scores.sigmoid()).max(-1)
+    experts = moe.experts
+    a = F.gelu(torch.einsum("thd,td->th", experts.w1[chosen], x) + experts.b1[chosen])
+    expected = torch.einsum("toh,th->to", experts.w2[chosen], a) + experts.b2[chosen]
+    torch.testing.assert_close(y, p.unsqueeze(1) * expected)
+    y.square().sum().backward()
+    assert moe.router.weight.grad.abs().max() > 1e-3
+
+
+def test_one_expert_needs_no_router(recwarn):
+    """N = 1: a dense layer in all but name; its gate weight is rightly 1."""
+    MoE(8, 16, 8, num_experts=1, top_k=1)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
 def test_backward_is_deterministic():
     torch.manual_seed(0)
     moe, x = MoE(32, 64, 32, num_experts=8, top_k=4, dtype=torch.bfloat16), torch.randn(300, 32).bfloat16()
