@@ -117,7 +117,6 @@ class MoE(nn.Module):
         self.balance_coef, self.z_coef = balance_coef, z_coef
         self.balance_over, self.balance_scope = balance_over, balance_scope
         self.aux_mode, self.backend = aux_mode, backend
-        self.register_buffer("aux_scale", None, persistent=False)
         self.reset_aux_scale()
         self.clear_statistics()
         self._records: list[Routing] | None = None  # a list while record_routing is active
@@ -184,6 +183,8 @@ class MoE(nn.Module):
         if not self.training or self.aux_mode == "off":
             return None
         attach = self.aux_mode == "attach" and torch.is_grad_enabled()
+        if self.aux_scale.device != self.experts.w1.device:  # the weights were replaced one by one, not moved together
+            self.reset_aux_scale()
         return LossOptions(
             balance_coef=self.balance_coef,
             z_coef=self.z_coef,
@@ -202,7 +203,10 @@ class MoE(nn.Module):
             self._records.append(Routing(*(t.detach().view(*shape[:-1], t.shape[-1]) for t in routing[:4])))
 
     def reset_aux_scale(self) -> None:
-        """Back to 1, where the weights are. float32 whatever the model is: it holds fp16 loss scales."""
+        """Back to 1, where the weights are. float32 whatever the model is: it holds fp16 loss scales.
+
+        No buffer: one that no checkpoint holds comes out of transformers' from_pretrained with whatever was in memory.
+        """
         self.aux_scale = torch.ones((), dtype=torch.float32, device=self.experts.w1.device)
 
     def _apply(self, fn, recurse=True):

@@ -130,6 +130,34 @@ def test_twice_and_nothing_to_swap(model_and_batch):
         upcycle(nn.Linear(2, 2))
 
 
+def test_from_pretrained_of_a_class_that_upcycles(tmp_path):
+    """It builds the model on the meta device and fills in what the file holds; memory that nobody wrote is NaN here."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    class Upcycled(CLIPVisionModel):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in [m for m in self.modules() if hasattr(m, "mlp")]:
+                layer.mlp = MoE.from_dense(layer.mlp, num_experts=2, top_k=2)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    saved = Upcycled(CLIPVisionConfig(**sizes, image_size=8, patch_size=4))
+    saved.save_pretrained(tmp_path)
+    torch.use_deterministic_algorithms(True)  # which also fills fresh memory
+    try:
+        loaded = Upcycled.from_pretrained(tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    images, gradients = torch.rand(2, 3, 8, 8), []
+    for model in (saved, loaded):
+        model.train()
+        model(images).pooler_output.square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert {layer.aux_scale.item() for layer in moe_layers(loaded).values()} == {1.0}
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop knows nothing
 
