@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ from libmoe_fast.benchmarks.arena import COPY, OURS, Arena
 from libmoe_fast.benchmarks.cases import Case
 from libmoe_fast.benchmarks.measure import Contest, Spread
 from libmoe_fast.benchmarks.memory import peak_bytes, saved_bytes
+from libmoe_fast.compatibility import installed_version
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.files import write_atomically
 
@@ -137,7 +137,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": device.type,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("libmoe_fast", *PACKAGES)},
+        "versions": {name: installed_version(name) for name in ("libmoe_fast", *PACKAGES)},
     }
 
 
@@ -148,13 +148,6 @@ def cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

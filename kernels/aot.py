@@ -145,20 +145,18 @@ def jobs(architectures: list[str], shapes: list[Shape], operands: list[str], fir
         dtype, precision = OPERANDS[name]
         os.environ[FP32_VARIABLE] = precision
         for router in SPECS if shape is shapes[0] else ("smoe",):
+            label = {"arch": arch, "shape": shape.name, "router": router, "operands": name}
             for launch in layer_launches(shape, arch, router, dtype):
-                for each in launch_jobs(launch, arch, shape.name, router, name, first_tile):
+                for each in launch_jobs(launch, first_tile, **label):
                     found.setdefault(each.compiled, each)
     return list(found.values())
 
 
-def launch_jobs(
-    launch: Launch, arch: str, shape: str, router: str, operands: str, first_tile: bool = False
-) -> Iterator[Job]:
-    label = {"arch": arch, "shape": shape, "router": router, "operands": operands}
+def launch_jobs(launch: Launch, first_tile: bool, **label: str) -> Iterator[Job]:
     if launch.gemm is None:
         yield job(launch, {}, {"num_warps": launch.args.get("num_warps", 4)}, tile="", **label)
         return
-    for tile in launch.tiles(arch)[: 1 if first_tile else None]:
+    for tile in launch.tiles(label["arch"])[: 1 if first_tile else None]:
         sizes = tile.sizes | fitted(launch.args | tile.sizes, launch.gemm)
         yield job(launch, sizes, tile.options, tile=tile.name, **label)
 

@@ -11,7 +11,6 @@ given, the folder that OUT names, else runs/gpu). Exit code 1 if any step failed
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import shutil
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from libmoe_fast.compatibility import installed_version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "hypothesis")
@@ -230,19 +231,12 @@ def line_of(verdict: Verdict) -> str:
 
 def machine(dry: bool) -> dict[str, Any]:
     """What a reader must know to believe the numbers."""
-    versions = {name: version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) or "missing" for name in PACKAGES}
     if dry:
         return {"device": "Triton's interpreter", **versions}
     properties = torch.cuda.get_device_properties(0)
     about = {"device": properties.name, "processors": properties.multi_processor_count, "CUDA": torch.version.cuda}
     return about | versions
-
-
-def version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def run_step(step: Step, place: Place, seconds_left: float) -> Verdict:

@@ -47,27 +47,34 @@ def product(
 
     FORWARD: w [N, COLUMNS, C], columns are its rows (A W^T); else w [N, C, COLUMNS] (A W). A pointer or a descriptor.
     """
-    n = column + tl.arange(0, BN)
     if not DESCRIPTOR:
         w += expert.to(tl.int64) * C * COLUMNS
     for k0 in range(0, C, BK):
         k = k0 + tl.arange(0, BK)
         a = tl.load(a_ptr + a_rows[:, None] * C + k[None, :], mask=a_live[:, None] & (k[None, :] < C), other=0.0)
         if FORWARD:
-            if DESCRIPTOR:
-                b = tl.reshape(w.load([expert, column, k0]), (BN, BK))
-            else:
-                live = (n[:, None] < COLUMNS) & (k[None, :] < C)
-                b = tl.load(w + n[:, None] * C + k[None, :], mask=live, other=0.0)
-            b = tl.trans(b)
+            b = tl.trans(weight_rows(w, expert, column, k0, C, COLUMNS, DESCRIPTOR, BN, BK))
         else:
             if DESCRIPTOR:
                 b = tl.reshape(w.load([expert, k0, column]), (BK, BN))
             else:
+                n = column + tl.arange(0, BN)
                 live = (k[:, None] < C) & (n[None, :] < COLUMNS)
                 b = tl.load(w + k[:, None] * COLUMNS + n[None, :], mask=live, other=0.0)
         acc = dot(a, b, acc, PRECISION)
     return acc
+
+
+@triton.jit
+def weight_rows(w, expert, row, k0, C, ROWS, DESCRIPTOR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """[BN, BK] from (row, k0) of an expert's weight [ROWS, C]: a pointer to that one, or a descriptor of all."""
+    if DESCRIPTOR:
+        return tl.reshape(w.load([expert, row, k0]), (BN, BK))
+    else:
+        n = row + tl.arange(0, BN)
+        k = k0 + tl.arange(0, BK)
+        live = (n[:, None] < ROWS) & (k[None, :] < C)
+        return tl.load(w + n[:, None] * C + k[None, :], mask=live, other=0.0)
 
 
 @triton.jit
@@ -88,19 +95,14 @@ def two_products(
     BK: tl.constexpr,
 ):
     """z, up [BM, BN] + X[tokens] times rows h0..h0+BN of an expert's W1 [2H, D] and those H below; x is loaded once."""
-    h = h0 + tl.arange(0, BN)
+    H1 = H * 2
     if not DESCRIPTOR:
-        w1 += expert.to(tl.int64) * D * (H * 2)
+        w1 += expert.to(tl.int64) * D * H1
     for k0 in range(0, D, BK):
         k = k0 + tl.arange(0, BK)
         x = tl.load(x_ptr + tokens[:, None] * D + k[None, :], mask=live[:, None] & (k[None, :] < D), other=0.0)
-        if DESCRIPTOR:
-            gate_rows = tl.reshape(w1.load([expert, h0, k0]), (BN, BK))
-            up_rows = tl.reshape(w1.load([expert, H + h0, k0]), (BN, BK))
-        else:
-            inside = (h[:, None] < H) & (k[None, :] < D)
-            gate_rows = tl.load(w1 + h[:, None] * D + k[None, :], mask=inside, other=0.0)
-            up_rows = tl.load(w1 + (H + h[:, None]) * D + k[None, :], mask=inside, other=0.0)
+        gate_rows = weight_rows(w1, expert, h0, k0, D, H1, DESCRIPTOR, BN, BK)
+        up_rows = weight_rows(w1, expert, H + h0, k0, D, H1, DESCRIPTOR, BN, BK)
         z = dot(x, tl.trans(gate_rows), z, PRECISION)
         up = dot(x, tl.trans(up_rows), up, PRECISION)
     return z, up

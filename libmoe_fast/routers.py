@@ -70,8 +70,8 @@ def build_router(name: str, dim: int, num_experts: int, top_k: int, **options) -
         allowed = ", ".join(o for o in known if o not in ("device", "dtype"))
         raise ConfigError(f"router {name!r} has no option {', '.join(unknown)}; it has: {allowed or 'none'}")
     router = cls(dim, num_experts, top_k, **options)
-    spec = getattr(router, "spec", None)
-    if spec is not None and spec.top_k == 1 < spec.num_experts and spec.weights_sum_to_one:
+    spec = router.spec
+    if spec.top_k == 1 < spec.num_experts and spec.weights_sum_to_one:
         warnings.warn(ALWAYS_ONE.format(name=name), stacklevel=2)
     return router
 

@@ -13,11 +13,9 @@ from dispatch_checks import assert_as_accurate
 from kernel_checks import DEVICE, ExpertCase, expert_data, load_kernels, run_experts, torch_experts
 
 from libmoe_fast.kernels.experts import FP32_VARIABLE
-from libmoe_fast.kernels.run import architecture, choosing
-from libmoe_fast.kernels.tiles import GEMMS, candidates
+from libmoe_fast.kernels.run import choosing
 
 KERNELS = load_kernels()
-ARCHITECTURE = architecture(torch.device(DEVICE))
 REPEATS = 20 if DEVICE == "cuda" else 1  # a race shows now and then
 
 # The gated one has small experts, so that float64 copies of it fit a GPU several times: tests run side by side.
@@ -82,15 +80,17 @@ def failures(case: ExpertCase, precision: str, run: Callable = run_experts) -> s
     with pytorch_precision(precision):
         theirs = torch_experts(case, data, None)
     exact = torch_experts(case, data, torch.float64)
-    operands = (case.dtype.itemsize, precision, (case.D, case.H, case.O), case.N)
-    tiles = {gemm: candidates(ARCHITECTURE, gemm, *operands) for gemm in GEMMS}
-    found = []
-    for number in range(max(map(len, tiles.values()))):
-        chosen = {gemm: candidates[number % len(candidates)] for gemm, candidates in tiles.items()}
-        with choosing(lambda gemm, found, number=number: found[number % len(found)]):
+    candidates, found = {}, []  # what each GEMM may take is known once it has been asked for
+
+    def choose(gemm, tiles):
+        candidates[gemm] = tiles
+        return tiles[number % len(tiles)]
+
+    for number in itertools.count():
+        with choosing(choose):
             ours = run(KERNELS, case, data)
             again = [run(KERNELS, case, data) for _ in range(REPEATS)]
-        names = ", ".join(f"{gemm} {tile.name}" for gemm, tile in chosen.items())
+        names = ", ".join(f"{gemm} {choose(gemm, tiles).name}" for gemm, tiles in candidates.items())
         try:
             assert_as_accurate(ours, theirs, exact, depth=case.depth)
         except AssertionError as error:
@@ -98,6 +98,8 @@ def failures(case: ExpertCase, precision: str, run: Callable = run_experts) -> s
         differing = {name for other in again for name in ours if not torch.equal(ours[name], other[name])}
         if differing:
             found.append(f"not the same bits on every run: {', '.join(sorted(differing))}, with {names}")
+        if number + 1 >= max(map(len, candidates.values())):
+            break
     return "\n".join(found)
 
 
