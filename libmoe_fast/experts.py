@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libmoe_fast import ops
@@ -117,14 +118,12 @@ def dense_parts(mlp: nn.Module) -> DenseParts:
     """Takes a dense MLP apart: CLIPMLP, SiglipMLP, LlavaMultiModalProjector, nn.Sequential(Linear, act, Linear),
     and the gated MLPs of Llama and Phi-3.
 
-    Raises ConfigError for any other module, an unknown activation, or weights that DeepSpeed has partitioned.
+    Raises ConfigError, naming the part, for what a copy of the weights would lose: a module of another kind, further
+    children or tensors, layers that are no plain nn.Linear (adapters, quantised, parametrised, pruned), hooks, an
+    unknown activation, weights that DeepSpeed has partitioned, and a forward that computes something else.
     """
     layers, act, gated = find_layers(mlp)
-    if any(getattr(layer.weight, "ds_id", None) is not None for layer in layers):
-        raise ConfigError(
-            f"the weights of {type(mlp).__name__} are partitioned by DeepSpeed ZeRO-3; "
-            "upcycle the model before deepspeed.initialize, outside deepspeed.zero.Init"
-        )
+    _refuse_what_a_copy_loses(mlp, layers)
     *first, second = layers
 
     def joined(name: str) -> Tensor | None:
@@ -133,24 +132,91 @@ def dense_parts(mlp: nn.Module) -> DenseParts:
             return tensors[0]
         return torch.cat([t.detach() for t in tensors]).requires_grad_(tensors[0].requires_grad)
 
-    return DenseParts(joined("weight"), joined("bias"), second.weight, second.bias, activation_name(act), gated)
+    parts = DenseParts(joined("weight"), joined("bias"), second.weight, second.bias, activation_name(act), gated)
+    _compare_with_forward(mlp, parts)
+    return parts
 
 
-def find_layers(mlp: nn.Module) -> tuple[list[nn.Linear], nn.Module, bool]:
+def find_layers(mlp: nn.Module) -> tuple[list[nn.Module], nn.Module, bool]:
     """(its linear layers, its activation, gated) or ConfigError."""
-    children = dict(mlp.named_children())
-    if isinstance(mlp, nn.Sequential) and len(mlp) == 3 and isinstance(mlp[0], nn.Linear):
-        return [mlp[0], mlp[2]], mlp[1], False
+    # What computes nothing may stand beside the layers.
+    children = {name: child for name, child in mlp.named_children() if not _does_nothing(child)}
+    if isinstance(mlp, nn.Sequential) and len(children) == 3:
+        first, act, second = children.values()
+        return [first, second], act, False
     for first, act, second in PLAIN_LAYOUTS:
-        if {first, act, second} <= children.keys():
+        if {first, act, second} == children.keys():
             return [children[first], children[second]], children[act], False
     for first, act, second in GATED_LAYOUTS:
-        if {*first, act, second} <= children.keys():
+        if {*first, act, second} == children.keys():
             return [*(children[name] for name in first), children[second]], children[act], True
     raise ConfigError(
         f"{type(mlp).__name__} with children {sorted(children)} is not a two-layer MLP that libmoe_fast knows; "
         "give CLIPMLP, SiglipMLP, LlavaMultiModalProjector, LlamaMLP, Phi3MLP or nn.Sequential(Linear, act, Linear)"
     )
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+
+
+def _refuse_what_a_copy_loses(mlp: nn.Module, layers: list[nn.Module]) -> None:
+    name = type(mlp).__name__
+    for layer in layers:
+        if getattr(getattr(layer, "weight", None), "ds_id", None) is not None:
+            raise ConfigError(
+                f"the weights of {name} are partitioned by DeepSpeed ZeRO-3; "
+                "upcycle the model before deepspeed.initialize, outside deepspeed.zero.Init"
+            )
+        if type(layer) is not nn.Linear:
+            raise ConfigError(
+                f"{name} has a {type(layer).__module__}.{type(layer).__name__} where experts are copied from an "
+                "nn.Linear; merge adapters (peft: model.merge_and_unload()), undo parametrizations, or load the "
+                "weights unquantised, then upcycle"
+            )
+    for module in (mlp, *layers):
+        own = {n for n, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
+        if extra := own - ({"weight", "bias"} if isinstance(module, nn.Linear) else set()):
+            raise ConfigError(
+                f"{type(module).__name__} of {name} holds {', '.join(sorted(extra))}, which experts would lose; "
+                "make it plain weights first (torch.nn.utils.prune.remove, remove_weight_norm)"
+            )
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks) or "forward" in vars(module):
+            raise ConfigError(
+                f"{type(module).__name__} of {name} has hooks or a replaced forward, which experts would lose; "
+                "remove them (accelerate: remove_hook_from_submodules), upcycle, then set them again"
+            )
+
+
+@torch.no_grad()
+def _compare_with_forward(mlp: nn.Module, parts: DenseParts) -> None:
+    """Names of children do not say what forward does with them, its values on a few tokens do."""
+    weight = parts.w1
+    if weight.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    training = mlp.training
+    with torch.autocast(weight.device.type, enabled=False):
+        z = F.linear(x, parts.w1, parts.b1)
+        act = ACTIVATIONS[parts.activation]
+        gate, up = z.chunk(2, dim=-1) if parts.gated else (z, 1)
+        expected = F.linear(act(gate) * up, parts.w2, parts.b2)
+        try:
+            actual = mlp.eval()(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{type(mlp).__name__} does not map tokens [.., D] to tokens: {error}") from error
+        finally:
+            mlp.train(training)
+    # Both round alike; what is left is the order of sums, and an activation's other formula.
+    tolerance = max(8 * torch.finfo(weight.dtype).eps, 1e-3) * expected.nan_to_num().abs().max().item()
+    same = isinstance(actual, Tensor) and actual.shape == expected.shape
+    if not (same and torch.allclose(actual, expected, rtol=0, atol=tolerance, equal_nan=True)):
+        raise ConfigError(
+            f"{type(mlp).__name__} computes something else than linear, {parts.activation}, linear of its weights; "
+            "experts copied from it would not equal it"
+        )
 
 
 def activation_name(act: nn.Module) -> str:

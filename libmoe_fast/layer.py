@@ -7,6 +7,8 @@ weights (ops.attach_aux_loss), so training code that only knows `loss.backward()
 """
 
 import contextlib
+import math
+import warnings
 from typing import Literal
 
 import torch
@@ -17,6 +19,13 @@ from libmoe_fast.errors import ConfigError
 from libmoe_fast.experts import Experts
 from libmoe_fast.routers import build_router
 from libmoe_fast.spec import LossOptions, Routing, check_choice
+
+# Reentrant checkpointing runs every forward without gradients once, and once more with them: one or two say nothing.
+UNTRAINED_FORWARDS = 3
+UNTRAINED = """\
+this MoE layer is in training mode and has run {count} times in a row without gradients: its experts and router will \
+NOT train. Remove torch.no_grad from the forward around it (the original LLaVA's CLIPVisionTower has that decorator, \
+in multimodal_encoder/clip_encoder.py), or call eval() if this is no training."""
 
 
 class MoE(nn.Module):
@@ -29,6 +38,7 @@ class MoE(nn.Module):
         router_options: keyword options of that router.
         activation, gated, bias: of every expert, see Experts.
         balance_coef, z_coef: weights of the balance loss and the z-loss in the auxiliary loss.
+        aux_weight: share of this layer's auxiliary loss in the model's; `upcycle` makes it 1 / layers of the tower.
         balance_over: "top1" counts first choices (LibMoE), "topk" all K.
         balance_scope: "sequence" averages the balance loss over sequences [.., S, D]; "batch" takes all tokens as one.
         aux_mode: "attach" (backward adds the auxiliary loss by itself), "return" (forward returns (y, aux_loss) and
@@ -92,6 +102,7 @@ class MoE(nn.Module):
         router_options: dict | None = None,
         balance_coef: float = 0.01,
         z_coef: float = 0.001,
+        aux_weight: float = 1.0,
         balance_over: Literal["top1", "topk"] = "top1",
         balance_scope: Literal["sequence", "batch"] = "sequence",
         aux_mode: Literal["attach", "return", "off"] = "attach",
@@ -100,8 +111,9 @@ class MoE(nn.Module):
         check_choice("balance_over", balance_over, ("top1", "topk"))
         check_choice("balance_scope", balance_scope, ("sequence", "batch"))
         check_choice("aux_mode", aux_mode, ("attach", "return", "off"))
-        if balance_coef < 0 or z_coef < 0:
-            raise ConfigError(f"balance_coef is {balance_coef} and z_coef {z_coef}; neither may be negative")
+        for name, value in {"balance_coef": balance_coef, "z_coef": z_coef, "aux_weight": aux_weight}.items():
+            if not 0 <= value < math.inf:  # NaN is neither
+                raise ConfigError(f"{name} is {value}; it must be a number of at least 0")
         weight = experts.w1
         self.router = build_router(
             router,
@@ -114,12 +126,13 @@ class MoE(nn.Module):
         )
         self.experts = experts
         self.router_name, self.router_options = router, dict(router_options or {})
-        self.balance_coef, self.z_coef = balance_coef, z_coef
+        self.balance_coef, self.z_coef, self.aux_weight = balance_coef, z_coef, aux_weight
         self.balance_over, self.balance_scope = balance_over, balance_scope
         self.aux_mode, self.backend = aux_mode, backend
         self.reset_aux_scale()
         self.clear_statistics()
         self._records: list[Routing] | None = None  # a list while record_routing is active
+        self._without_grad = 0  # forwards in training mode since one that kept gradients
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x [..., D] -> y [..., O] in the dtype of x (of autocast, where it is on); (y, aux_loss) with "return".
@@ -128,6 +141,8 @@ class MoE(nn.Module):
         """
         dtype = autocast_dtype(x) or x.dtype
         self._check(x)
+        if self.training and not torch.compiler.is_compiling():
+            self._notice_no_grad()
         with autocast_off(x):  # routing stays in float32, as written
             backend = ops.choose_backend(self.backend, x.device, dtype)
             tokens = x.reshape(-1, x.shape[-1])  # [T, D]
@@ -164,6 +179,7 @@ class MoE(nn.Module):
             "router_options": self.router_options,
             "balance_coef": self.balance_coef,
             "z_coef": self.z_coef,
+            "aux_weight": self.aux_weight,
             "balance_over": self.balance_over,
             "balance_scope": self.balance_scope,
         }
@@ -179,6 +195,12 @@ class MoE(nn.Module):
                 "cast one of them, or run under torch.autocast"
             )
 
+    def _notice_no_grad(self) -> None:
+        """Seen by running: which towers have a no_grad around them cannot be told from class names."""
+        self._without_grad = 0 if torch.is_grad_enabled() else self._without_grad + 1
+        if self._without_grad == UNTRAINED_FORWARDS and any(p.requires_grad for p in self.parameters()):
+            warnings.warn(UNTRAINED.format(count=UNTRAINED_FORWARDS), stacklevel=3)
+
     def _loss_options(self, shape: torch.Size) -> LossOptions | None:
         if not self.training or self.aux_mode == "off":
             return None
@@ -186,8 +208,8 @@ class MoE(nn.Module):
         if self.aux_scale.device != self.experts.w1.device:  # the weights were replaced one by one, not moved together
             self.reset_aux_scale()
         return LossOptions(
-            balance_coef=self.balance_coef,
-            z_coef=self.z_coef,
+            balance_coef=self.balance_coef * self.aux_weight,
+            z_coef=self.z_coef * self.aux_weight,
             sequences=max(shape[:-2].numel(), 1) if self.balance_scope == "sequence" else 1,
             over=self.balance_over,
             aux_scale=self.aux_scale if attach else None,

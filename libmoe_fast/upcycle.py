@@ -7,18 +7,19 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.layer import MoE
-from libmoe_fast.spec import Routing
+from libmoe_fast.spec import Routing, check_choice
 
 TARGETS = ("vision", "projector")
 VISION_MLPS = ("CLIPMLP", "SiglipMLP", "Siglip2MLP")
 PROJECTORS = ("LlavaMultiModalProjector",)
 ORIGINAL_LLAVA_PROJECTOR = "mm_projector"  # an nn.Sequential(Linear, GELU, Linear), known by its attribute name
-ORIGINAL_LLAVA_TOWER = "CLIPVisionTower"  # its forward runs under torch.no_grad
+POOLING_HEAD = "PoolingHead"  # SigLIP's: a LLaVA reads the patches, not what it pools
 
 
 def upcycle(
@@ -28,6 +29,8 @@ def upcycle(
     num_experts: int = 4,
     top_k: int = 2,
     targets: Iterable[str] = TARGETS,
+    trainable: bool | None = None,
+    aux_over_layers: Literal["mean", "sum"] = "mean",
     **layer_options,
 ) -> nn.Module:
     """Replaces the MLPs of the vision encoder and the projector by MoE layers whose experts are copies of them.
@@ -41,29 +44,47 @@ def upcycle(
 
     Args:
         targets: what to swap, of "vision" and "projector".
+        trainable: whether experts and routers learn; None keeps what the dense MLPs' requires_grad says for the
+            experts, and warns where routers would learn alone.
+        aux_over_layers: "mean" averages the auxiliary losses over the layers of a target (LibMoE), so that the
+            coefficients mean the same in towers of any depth; "sum" adds them up.
         layer_options: those of MoE from `router` on (router_options, balance_coef, backend, ...).
     Returns: `model`. Raises ConfigError, with nothing swapped, when a target is unknown or nothing of it is found, or
         the options cannot work.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    found = find_dense_mlps(model, targets)
+    check_choice("aux_over_layers", aux_over_layers, ("mean", "sum"))
     # Build all before swapping any: an error halfway must leave the model as it was.
-    layers = {
-        name: MoE.from_dense(mlp, router=router, num_experts=num_experts, top_k=top_k, **layer_options)
-        for name, mlp in found.items()
-    }
+    layers = {}
+    for target in targets:
+        found = find_dense_mlps(model, (target,))
+        options = {"aux_weight": 1 / len(found)} if aux_over_layers == "mean" else {}
+        for name, mlp in found.items():
+            try:
+                layers[name] = MoE.from_dense(
+                    mlp, router=router, num_experts=num_experts, top_k=top_k, **(options | layer_options)
+                )
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from error
+    for layer in layers.values():
+        if trainable is not None:
+            layer.requires_grad_(trainable)
     install(model, layers)
-    if any(type(module).__name__ == ORIGINAL_LLAVA_TOWER for module in model.modules()) and "vision" in targets:
+    frozen = [name for name, layer in layers.items() if not layer.experts.w1.requires_grad]
+    if frozen and trainable is None:
         warnings.warn(
-            "the original LLaVA's CLIPVisionTower.forward runs under torch.no_grad: its experts and gates will NOT "
-            "train until that decorator is removed from the class (llava/model/multimodal_encoder/clip_encoder.py)",
+            f"the experts of {len(frozen)} of {len(layers)} layers are frozen, as their dense MLPs were ({frozen[0]} "
+            "first), and their routers are not: upcycle(..., trainable=True) trains both, trainable=False neither",
             stacklevel=2,
         )
     return model
 
 
 def find_dense_mlps(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> dict[str, nn.Module]:
-    """Dotted name -> dense MLP, in model order. Raises ConfigError for an unknown target or one that is not there."""
+    """Dotted name -> dense MLP, in model order.
+
+    Raises ConfigError for an unknown target, one that is not there, or one that has experts of another library.
+    """
     if unknown := [t for t in targets if t not in TARGETS]:
         raise ConfigError(f"unknown upcycle target {unknown[0]!r}; choose of {', '.join(TARGETS)}")
     found = {}
@@ -84,10 +105,19 @@ def _vision_mlps(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for prefix, tower in model.named_modules():
         if "Vision" in type(tower).__name__:
+            heads = tuple(f"{n}." for n, m in tower.named_modules(prefix=prefix) if POOLING_HEAD in type(m).__name__)
             for name, module in tower.named_modules(prefix=prefix):
-                if type(module).__name__ in VISION_MLPS:
+                if type(module).__name__ in VISION_MLPS and not name.startswith(heads):
+                    _refuse_nested(name)
                     found[name] = module
     return found
+
+
+def _refuse_nested(name: str) -> None:
+    if "experts" in name.split("."):
+        raise ConfigError(
+            f"{name} is an expert of a mixture already (CuMo's and LibMoE's towers have such); upcycle the dense model"
+        )
 
 
 def _projectors(model: nn.Module) -> dict[str, nn.Module]:

@@ -492,7 +492,7 @@ def test_from_dense_keeps_dtype_mode_and_frozenness():
         pytest.param(lambda: MoE(4, 8, 4, num_experts=2, top_k=3), "top_k is 3 with num_experts 2", id="K>N"),
         pytest.param(lambda: MoE(4, 8, 4, num_experts=2, top_k=1, activation="mish"), "is 'mish'", id="mish"),
         pytest.param(lambda: MoE(4, 8, 4, num_experts=2, top_k=1, aux_mode="add"), "aux_mode is 'add'", id="mode"),
-        pytest.param(lambda: MoE(4, 8, 4, num_experts=2, top_k=1, z_coef=-1.0), "negative", id="coef"),
+        pytest.param(lambda: MoE(4, 8, 4, num_experts=2, top_k=1, z_coef=-1.0), "z_coef is -1.0", id="coef"),
         pytest.param(
             lambda: MoE(4, 8, 4, num_experts=2, top_k=1)(torch.randn(3, 5)), r"shape \(3, 5\).* D = 4", id="D"
         ),

@@ -54,6 +54,11 @@ class OriginalLlava(nn.Module):
         return self.model.mm_projector(self.model.vision_tower(images))
 
 
+def run_and_train(model, images, *, times):
+    for _ in range(times):
+        model(images).sum().backward()
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_upcycled_llava_equals_dense(model_and_batch, router):
     model, inputs = model_and_batch
@@ -93,11 +98,60 @@ def test_original_llava_layout():
     )
     model, images = OriginalLlava(CLIPVisionModel(config)).eval(), torch.randn(1, 3, 16, 16)
     expected = model(images)
-    with pytest.warns(UserWarning, match="will NOT train"):
-        upcycle(model)
+    upcycle(model)
     assert len(moe_layers(model)) == 3
     assert isinstance(model.model.mm_projector, MoE)
     torch.testing.assert_close(model(images), expected)
+    model.train()
+    with pytest.warns(UserWarning, match="run 3 times in a row without gradients: .* will NOT train") as warned:
+        run_and_train(model, images, times=4)
+    assert len(warned) == 2  # the tower's two layers, once each; the projector trains
+
+
+def test_the_auxiliary_loss_is_the_mean_over_a_tower(model_and_batch):
+    """LibMoE's: balance and z averaged over the layers of the vision tower, the projector's added; not L times that."""
+    model, inputs = model_and_batch
+    for over, divisor in (("mean", 4), ("sum", 1)):
+        twin = upcycle(copy.deepcopy(model), balance_coef=0.1, z_coef=0.02, aux_over_layers=over).train()
+        twin(**inputs)
+        layers = moe_layers(twin)
+        each = {name: 0.1 * layer.balance_loss + 0.02 * layer.z_loss for name, layer in layers.items()}
+        expected = sum(loss / (divisor if "vision" in name else 1) for name, loss in each.items())
+        torch.testing.assert_close(sum(layer.aux_loss for layer in layers.values()), expected)
+
+
+def test_frozen_towers(model_and_batch):
+    model, _ = model_and_batch
+    model.requires_grad_(False)
+    with pytest.warns(UserWarning, match="experts of 5 of 5 layers are frozen"):
+        half = upcycle(copy.deepcopy(model))
+    assert {p.requires_grad for layer in moe_layers(half).values() for p in layer.experts.parameters()} == {False}
+    for trainable in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            swapped = upcycle(copy.deepcopy(model), trainable=trainable)
+        assert {p.requires_grad for layer in moe_layers(swapped).values() for p in layer.parameters()} == {trainable}
+        assert not any(p.requires_grad for p in swapped.lm_head.parameters())
+
+
+def test_experts_of_another_library_are_not_upcycled_again():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
+    for layer in [m for m in model.modules() if hasattr(m, "mlp")]:
+        layer.mlp.experts = nn.ModuleList(copy.deepcopy(layer.mlp) for _ in range(2))
+    with pytest.raises(ConfigError, match=r"mlp.experts.0 is an expert of a mixture already"):
+        upcycle(model, targets="vision")
+
+
+def test_siglips_pooling_head_stays_dense():
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = upcycle(SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)), targets="vision")
+    assert len(moe_layers(model)) == 2
+    assert not any("head" in name.split(".") for name in moe_layers(model))
 
 
 def test_huggingface_llava_does_not_warn(model_and_batch):
