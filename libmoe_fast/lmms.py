@@ -100,7 +100,7 @@ class LibMoEFast(lmms):
             )
         if image_aspect not in ("pad", "none"):
             raise ConfigError(f"image_aspect is {image_aspect!r}: expected 'pad' or 'none'")
-        self._pad = image_aspect == "pad"
+        self._image_aspect = image_aspect
         self._batch_size = _positive(batch_size, "batch_size")
         self._max_new_tokens = _positive(max_new_tokens, "max_new_tokens")
         self._record = record
@@ -215,12 +215,9 @@ class LibMoEFast(lmms):
         return text, [self._prepared(image) for image in images]
 
     def _prepared(self, image: Any):
-        from PIL import Image
+        from libmoe_fast.train.images import prepare_image
 
-        from libmoe_fast.train.data import pad_to_square
-
-        image = (Image.open(image) if isinstance(image, str | os.PathLike) else image).convert("RGB")
-        return pad_to_square(image, self._processor.image_processor.image_mean) if self._pad else image
+        return prepare_image(image, self._processor.image_processor, self._image_aspect)
 
     def _inputs(self, texts: list[str], images: list) -> dict[str, torch.Tensor]:
         encoded = self._processor(

@@ -1,7 +1,7 @@
 """Samples and batches: images and conversations to the tensors a Hugging Face LLaVA takes."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from libmoe_fast.errors import DataError
 from libmoe_fast.train.chat import IGNORED, IMAGE, TEMPLATES, conversation_turns, encode
 from libmoe_fast.train.config import DataConfig
+from libmoe_fast.train.images import prepare_image
 from libmoe_fast.train.records import Record, name_record, read_records
 from libmoe_fast.train.sampler import ModalityLengthSampler
 
@@ -101,23 +102,8 @@ class ConversationDataset(Dataset[Sample]):
         return Sample(ids=ids, labels=labels, pixels=pixels)
 
     def _pixels(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        # Pillow's decoders raise many kinds of errors on broken files (OSError, SyntaxError, ValueError, struct.error).
-        except Exception as error:
-            raise DataError(f"image {path} cannot be read: {error}") from error
-        if self.config.image_aspect == "pad":
-            image = pad_to_square(image, self.processor.image_processor.image_mean)
+        image = prepare_image(path, self.processor.image_processor, self.config.image_aspect)
         return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-
-def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """The image in the middle of a square of the processor's mean colour (which becomes zero when normalised)."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,13 @@ def _image_problem(record: Record, images: Path) -> str | None:
     count = sum(turn["value"].count(IMAGE) for turn in record["conversations"])
     if count != expected:
         return f"has {expected} image but {count} {IMAGE} in its questions"
-    if expected and not (images / image).is_file():
-        return f"image {images / image} does not exist"
-    return None
+    if expected and image.startswith("data:"):
+        return "image is a data URI; expected the path of a file: decode it into one"
+    return _file_problem(images / image) if expected else None
+
+
+def _file_problem(path: Path) -> str | None:
+    try:
+        return None if path.is_file() else f"image {path} does not exist"
+    except (OSError, ValueError) as error:  # a name longer than the file system takes, or with a zero byte
+        return f"image {str(path)[:100]!r} is no file name: {error}"

@@ -9,7 +9,7 @@ from PIL import Image
 from libmoe_fast.errors import DataError
 from libmoe_fast.train.chat import IGNORED
 from libmoe_fast.train.config import DataConfig
-from libmoe_fast.train.data import ConversationDataset, batches, make_collator, pad_to_square
+from libmoe_fast.train.data import ConversationDataset, batches, make_collator
 from libmoe_fast.train.sampler import ModalityLengthSampler
 from libmoe_fast.train.tiny import tiny_llava
 
@@ -72,6 +72,8 @@ BAD_ON_OPENING = {
         good(1) | {"conversations": turns(("human", "Hi"), ("gpt", "<image>"))},
         "an answer contains <image>",
     ),
+    "data URI": (good(1) | {"image": "data:image/png;base64,iVBORw0KGgo"}, "data URI; expected the path"),
+    "endless name": (good(1) | {"image": "x" * 5000}, "is no file name"),
     "two images": (good(1) | {"image": ["good.png", "good.png"]}, "expected one path"),
     "not an object": ("n1", "is a JSON str"),
 }
@@ -165,16 +167,6 @@ def test_all_images_broken(folder, processor):
     dataset = open_dataset(folder, records, processor, skip_bad_samples=True)
     with pytest.raises(DataError, match=r"no sample of the kind of .*record 0"):
         dataset[0]
-
-
-def test_padding_to_a_square_centres_the_image_on_the_mean_colour():
-    image = Image.new("RGB", (4, 2), (255, 0, 0))
-    square = pad_to_square(image, [0.5, 0.25, 1.0])
-    assert square.size == (4, 4)
-    rows = [square.getpixel((1, y)) for y in range(4)]
-    mean = (127, 63, 255)
-    assert rows == [mean, (255, 0, 0), (255, 0, 0), mean]
-    assert pad_to_square(image.resize((3, 3)), [0, 0, 0]).size == (3, 3)
 
 
 def test_image_aspect_none_leaves_the_image_alone(folder, processor):
