@@ -30,6 +30,7 @@ LAYOUT = "libmoe_fast.stacked"  # experts.w1 [N, H, D], experts.w2 [N, O, H]
 VERSION = 1
 RECIPE_FILE = "libmoe_fast.json"
 WEIGHTS_FILE = "libmoe_fast.safetensors"
+FORMAT = "libmoe_fast_format"  # key of a model's config.json: how its training showed it chats and images
 
 
 def save_model(

@@ -17,6 +17,10 @@ class CheckpointError(LibMoEError, RuntimeError):
     """A checkpoint that is truncated, foreign, of another layout, or that could not be written."""
 
 
+class DivergedError(LibMoEError, RuntimeError):
+    """A loss or a gradient that is not finite. What was saved before it is unharmed."""
+
+
 class BackendError(LibMoEError, RuntimeError):
     """A backend asked for by name that is not usable here. Names what is missing and how to get it."""
 

@@ -58,7 +58,7 @@ class EvaluateConfig:
         dtype: arithmetic of the model; auto keeps the checkpoint's
         device: cuda, cpu, ...; auto takes the GPU if there is one
         backend: engine that runs the experts; none given = the best one here
-        image_aspect: "pad" makes images square as training does; auto does what the checkpoint's run did
+        image_aspect: "pad" makes images square as training does; auto does what the checkpoint was trained with
         max_new_tokens: longest answer, for tasks that do not say
     """
 
@@ -217,7 +217,7 @@ def _run(checkpoint: Path, tasks: list[str], manager, config: EvaluateConfig, re
         device=config.device,
         dtype=config.dtype,
         backend=config.backend,
-        image_aspect=_image_aspect(checkpoint, config.image_aspect),
+        image_aspect=None if config.image_aspect == "auto" else config.image_aspect,
         record=str(record),
         max_new_tokens=config.max_new_tokens,
     )
@@ -238,17 +238,6 @@ def _run(checkpoint: Path, tasks: list[str], manager, config: EvaluateConfig, re
             f"lmms-eval gave up on {', '.join(tasks)} ({type(cause).__name__}: {str(cause).splitlines()[0]}): stock "
             "benchmarks come from the Hugging Face hub, which needs the network and a login (hf auth login)"
         ) from error
-
-
-def _image_aspect(checkpoint: Path, asked: str) -> str:
-    if asked != "auto":
-        return asked
-    run_config = checkpoint.resolve().parent / "config.yaml"
-    if not run_config.is_file():
-        return "pad"  # the default of training
-    import yaml
-
-    return (yaml.safe_load(run_config.read_text()).get("data") or {}).get("image_aspect", "pad")
 
 
 def _write(out: Path, identity: dict[str, Any], results: dict[str, Any], routing: Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from lmms_eval.api.model import lmms
 
+from libmoe_fast.checkpoint import FORMAT
 from libmoe_fast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ class LibMoEFast(lmms):
         device: `"cuda"`, `"cpu"`, ...; default: this rank's GPU if there is one.
         dtype: `"auto"` keeps the checkpoint's; or a torch dtype's name.
         backend: engine of the MoE layers; default: the best usable one.
-        image_aspect: `"pad"` squares images as training does by default; `"none"` leaves that to the processor.
+        image_aspect: `"pad"` squares images, `"none"` leaves that to the processor; default: as the checkpoint was
+            trained, else `"pad"`.
         record: file for the expert-selection counts (JSON, see `analysis.RoutingCounts`); none: not counted.
         max_new_tokens: for tasks that do not say.
 
@@ -86,7 +89,7 @@ class LibMoEFast(lmms):
         device: str | None = None,
         dtype: str = "auto",
         backend: str | None = None,
-        image_aspect: str = "pad",
+        image_aspect: str | None = None,
         record: str | None = None,
         max_new_tokens: int = 128,
         max_batch_size: int | None = None,  # lmms-eval always passes it; it is for automatic batch sizes
@@ -98,14 +101,16 @@ class LibMoEFast(lmms):
                 f"unknown model argument {sorted(unknown)[0]!r}: libmoe_fast takes pretrained, batch_size, device, "
                 "dtype, backend, image_aspect, record and max_new_tokens"
             )
-        if image_aspect not in ("pad", "none"):
+        if image_aspect not in (None, "pad", "none"):
             raise ConfigError(f"image_aspect is {image_aspect!r}: expected 'pad' or 'none'")
-        self._image_aspect = image_aspect
         self._batch_size = _positive(batch_size, "batch_size")
         self._max_new_tokens = _positive(max_new_tokens, "max_new_tokens")
         self._record = record
         self._join_ranks(device)
         self._load(str(pretrained), dtype, backend)
+        trained = getattr(self._model.config, FORMAT, None) or {}
+        self._image_aspect = image_aspect or trained.get("image_aspect", "pad")
+        self._context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def batch_size(self) -> int:
@@ -254,11 +259,20 @@ class LibMoEFast(lmms):
         options = _generation_options(settings, self._max_new_tokens)
         images = [image for prompt in prompts for image in prompt.images]
         inputs = self._inputs([prompt.text for prompt in prompts], images)
+        self._check_length(inputs["input_ids"].shape[1], options["max_new_tokens"])
         with self._counting(prompts, options):
             output = self._model.generate(**inputs, **options, pad_token_id=self._tokenizer.pad_token_id)
         new = output[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
         return [_cut(text, settings.get("until")) for text in texts]
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        if self._context is not None and prompt + new > self._context:
+            warnings.warn(
+                f"a prompt of {prompt} tokens and {new} to answer are more than the model's {self._context} positions: "
+                "what lies beyond was never trained, and answers there mean little",
+                stacklevel=2,
+            )
 
     @torch.inference_mode()
     def _score(self, messages: list[dict], continuation: str) -> tuple[float, bool]:

@@ -44,7 +44,8 @@ class ModelConfig:
         vision_tower: folder of a CLIP or SigLIP model, for a new LLaVA (instead of path)
         language_model: folder of a causal language model, for a new LLaVA (instead of path)
         vision_feature_layer: which hidden state of the vision tower the projector reads (new LLaVA only)
-        chat_template: the chat format the language model was trained with
+        chat_template: the chat format the language model was trained with; none given = what the checkpoint at path
+            was trained with, else phi3
         router: name of a router (stage 3)
         num_experts: experts per layer, N (stage 3)
         top_k: experts each token visits, K (stage 3)
@@ -60,7 +61,7 @@ class ModelConfig:
     vision_tower: str | None = None
     language_model: str | None = None
     vision_feature_layer: int = -2
-    chat_template: Literal["phi3", "phi3.5"] = "phi3"
+    chat_template: Literal["phi3", "phi3.5"] | None = None
     router: str = "smoe"
     num_experts: int = 4
     top_k: int = 2
@@ -79,7 +80,8 @@ class DataConfig:
         file: LLaVA JSON: a list of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}
         images: folder that the records' image paths start from; none given = the folder of file
         max_length: longer samples are cut to this many tokens, image tokens included
-        image_aspect: "pad" makes images square with the processor's mean colour; "none" leaves it to the processor
+        image_aspect: "pad" makes images square with the processor's mean colour; "none" leaves it to the processor;
+            none given = what the checkpoint at model.path was trained with, else pad
         skip_bad_samples: leave out samples that cannot be used, count and list them, instead of stopping at the first
         megabatch: global batches that are sorted by length together; more means less padding and less mixing
         workers: processes that load images, per training process; 0 = none
@@ -88,7 +90,7 @@ class DataConfig:
     file: str = ""
     images: str | None = None
     max_length: int = 2048
-    image_aspect: Literal["pad", "none"] = "pad"
+    image_aspect: Literal["pad", "none"] | None = None
     skip_bad_samples: bool = False
     megabatch: int = 1
     workers: int = 2

@@ -12,11 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from libmoe_fast.errors import CheckpointError
+from libmoe_fast.errors import CheckpointError, DivergedError
 from libmoe_fast.files import write_atomically
 from libmoe_fast.train.config import RunConfig
 from libmoe_fast.train.state import disk_errors
 from libmoe_fast.upcycle import moe_layers
+
+DIVERGED = """\
+{what}; nothing was saved from there on, and what was saved before is unharmed. Check the weights that the run starts \
+from and its samples, or start another run.folder with a lower optim.lr, a longer optim.warmup_ratio or \
+engine.dtype bf16"""
 
 
 class Statistics:
@@ -49,7 +54,7 @@ class Statistics:
         loss, with_images, balance, z, *shares = sums
         routed = bool(self.layers) and with_images > 0
         entries: dict[str, Any] = {
-            "loss": loss / micro_batches,
+            "loss": _number(loss / micro_batches),
             "balance_loss": _number(balance / with_images) if routed else None,
             "z_loss": _number(z / with_images) if routed else None,
             "expert_share": {},
@@ -80,6 +85,7 @@ class StepLog:
         total_steps: of the whole run.
         micro_batches: per step, on all ranks together.
         skipped: bad samples so far.
+        overflows: gradients may overflow now and then, and such steps are skipped (fp16's loss scale).
     """
 
     def __init__(
@@ -91,7 +97,9 @@ class StepLog:
         total_steps: int,
         micro_batches: int,
         skipped: Iterable[str],
+        overflows: bool = False,
     ) -> None:
+        self.overflows = overflows
         self.config, self.statistics = config, statistics
         self.total_steps, self.micro_batches = total_steps, micro_batches
         self.folder = Path(config.folder)
@@ -161,7 +169,11 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending. All ranks must call it at the same step; only here the host waits for the device."""
+        """Writes what is pending. All ranks must call it at the same step; only here the host waits for the device.
+
+        Raises:
+            DivergedError: on all ranks, a loss or a gradient was not finite. A checkpoint is saved after this only.
+        """
         if not self.pending:
             return
         sums = torch.stack([sums for _, sums in self.pending])
@@ -172,18 +184,28 @@ class StepLog:
             lines = [self._line(entry, row, seconds) for (entry, _), row in zip(self.pending, rows, strict=True)]
             with disk_errors(str(self.folder / "log.jsonl")):
                 self._write(lines)
+        steps = [
+            (entry["step"], row[0], float(entry["grad_norm"]))
+            for (entry, _), row in zip(self.pending, rows, strict=True)
+        ]
         self.pending.clear()
         self.restart_clock()
+        for step, loss, norm in steps:
+            if not math.isfinite(loss):
+                raise DivergedError(DIVERGED.format(what=f"the loss of step {step} is {loss}"))
+            if not self.overflows and not (0 <= norm < math.inf):  # DeepSpeed says -1 for some that are not finite
+                raise DivergedError(DIVERGED.format(what=f"the gradient of step {step} is not finite"))
 
     def _line(self, entry: dict[str, Any], row: list[float], seconds: float) -> dict[str, Any]:
         timing = {"step_seconds": seconds, "tokens_per_second": entry.pop("tokens") / seconds}
-        entry["grad_norm"] = _number(float(entry["grad_norm"]))  # not finite where fp16 overflowed: a skipped step
-        return {**entry, **timing, **self.statistics.describe(row, self.micro_batches)}
+        norm = _number(float(entry["grad_norm"]))  # not finite where fp16 overflowed: a skipped step
+        return {**entry, "grad_norm": norm, **timing, **self.statistics.describe(row, self.micro_batches)}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with self.file.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-        self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", refresh=False)
+        if lines[-1]["loss"] is not None:
+            self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", refresh=False)
         if self.board is None:
             return
         for line in lines:

@@ -20,7 +20,7 @@ from libmoe_fast.train.engine import (
     whole_state,
 )
 from libmoe_fast.train.log import Statistics, StepLog
-from libmoe_fast.train.model import DTYPES, build_model, image_tokens
+from libmoe_fast.train.model import DTYPES, build_model, image_tokens, settle_format
 from libmoe_fast.train.sampler import ModalityLengthSampler, steps_per_epoch
 from libmoe_fast.train.state import RunFolder, seed_everything
 from libmoe_fast.train.stop import StopSignal
@@ -47,8 +47,10 @@ def train(config: TrainConfig) -> None:
 def _train(config: TrainConfig, run: RunFolder) -> None:
     seed_everything(config.run.seed)  # the same new weights on every rank
     model, processor = build_model(config.model, dtype=DTYPES[config.engine.dtype])
+    config = settle_format(config, model, processor)
     tokens = image_tokens(model)
     dataset = ConversationDataset(config.data, processor, image_tokens=tokens, template=config.model.chat_template)
+    run.check_inputs()
     steps = _total_steps(config, dataset)
     engine = make_engine(model, config)
     seed_everything(config.run.seed + dist.get_rank())  # but noise of its own
@@ -62,6 +64,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
         total_steps=steps,
         micro_batches=config.optim.accumulation * dist.get_world_size(),
         skipped=progress.get("skipped", dataset.skipped),
+        overflows=config.engine.dtype == "fp16",
     )
     with log, StopSignal() as stop:
         for step in range(first_step, steps):

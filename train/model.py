@@ -1,5 +1,6 @@
 """The model and processor that a stage trains."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from libmoe_fast.checkpoint import load_model
+from libmoe_fast.checkpoint import FORMAT, load_model
 from libmoe_fast.errors import CheckpointError, ConfigError, in_one_line
 from libmoe_fast.train.chat import IMAGE, TEMPLATES
-from libmoe_fast.train.config import ModelConfig
+from libmoe_fast.train.config import ModelConfig, TrainConfig
 from libmoe_fast.upcycle import moe_layers, upcycle
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,13 +31,51 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype) -> tuple[nn.Module, 
     else:
         model, processor = _compose(config, dtype)
     _check_tokenizer(processor.tokenizer)
-    processor.chat_template = TEMPLATES[config.chat_template].jinja
+    _end_answers(model, processor.tokenizer)
     if config.stage == 1:
         model.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
     if config.stage == 3:
         _upcycle(model, config)
     return model, processor
+
+
+def settle_format(config: TrainConfig, model: nn.Module, processor: Any) -> TrainConfig:
+    """The config with chat template and image aspect filled in: as given, else as the model was trained, else defaults.
+
+    Model and processor are told, so that later stages and evaluation find it in what they save.
+
+    Raises:
+        ConfigError: what is given contradicts what the checkpoint was trained with, or max_length the model's context.
+    """
+    known = getattr(model.config, FORMAT, None) or {}
+    given = {"chat_template": config.model.chat_template, "image_aspect": config.data.image_aspect}
+    settled = {"chat_template": "phi3", "image_aspect": "pad"} | known
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in known and known[name] != value:
+            section = "model" if name == "chat_template" else "data"
+            raise ConfigError(
+                f"{section}.{name} is {value!r}, but {config.model.path} was trained with {known[name]!r}; leave the "
+                "option out, or start from a checkpoint of that kind"
+            )
+        settled[name] = value
+    if settled["chat_template"] not in TEMPLATES or settled["image_aspect"] not in ("pad", "none"):
+        raise ConfigError(f"{config.model.path} was trained with {known}, which this libmoe_fast does not know")
+    context = model.config.text_config.max_position_embeddings
+    if config.data.max_length > context:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the language model has {context} positions; "
+            f"set data.max_length to at most {context}"
+        )
+    setattr(model.config, FORMAT, settled)
+    processor.chat_template = TEMPLATES[settled["chat_template"]].jinja
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, chat_template=settled["chat_template"]),
+        data=dataclasses.replace(config.data, image_aspect=settled["image_aspect"]),
+    )
 
 
 def image_tokens(model: nn.Module) -> int:
@@ -105,6 +144,8 @@ def _compose(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     model.model.multi_modal_projector = projector.to(dtype)
     model.model.language_model = text.base_model
     model.lm_head = text.lm_head
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # not in a model's config, or another one there
+        setattr(model.generation_config, name, getattr(text.generation_config, name))
     return model, _processor(llava, vision_folder, tokenizer)
 
 
@@ -160,6 +201,16 @@ def _pretrained(cls: Any, folder: Path, **options: Any) -> Any:
             f"{folder} does not fit {cls.__name__}: {len(names)} weights are missing or misshapen, {names[0]} first"
         )
     return model
+
+
+def _end_answers(model: nn.Module, tokenizer: Any) -> None:
+    """Adds <|end|> to what generation stops at: a language model's own settings may end documents only."""
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    model.generation_config.eos_token_id = known if end in known else [*known, end]
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

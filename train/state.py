@@ -1,6 +1,7 @@
 """A run's folder: its config, its checkpoints, going on from the last one, and its outcome.
 
     folder/config.yaml            what the run was started with
+    folder/inputs.json            fingerprints of the data and the weights that it started from
     folder/checkpoints/latest     name of the newest whole checkpoint
     folder/checkpoints/step-N/    DeepSpeed's state, and rank-R.pt with that process's random state
     folder/final/                 the trained model; there once the run is done
@@ -10,8 +11,11 @@ renamed, so a run killed at any moment finds its last whole checkpoint.
 """
 
 import fcntl
+import hashlib
+import json
 import random
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +31,11 @@ from torch import Tensor, nn
 from libmoe_fast.checkpoint import save_model
 from libmoe_fast.errors import CheckpointError, ConfigError
 from libmoe_fast.files import sync, sync_tree, write_atomically
+from libmoe_fast.train.chat import TEMPLATES
 from libmoe_fast.train.config import HARMLESS, TrainConfig, flatten, plain
 
 # torch's zip writer reports a full disk as a RuntimeError with one of these.
+WEIGHTS_SAMPLED = 256, 1 << 16  # blocks per file of weights, bytes per block
 TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
@@ -85,6 +91,24 @@ class RunFolder:
             listing = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
             raise ConfigError(f"{self.path} belongs to a run with other options: {listing}; choose another run.folder")
 
+    def check_inputs(self) -> None:
+        """Refuses to go on from a checkpoint on other data or other starting weights than it was made from.
+
+        All ranks may call it; the first one reads. Call it once the inputs are known to be readable.
+        """
+        if dist.get_rank() > 0 or self.done:
+            return
+        file, now = self.path / "inputs.json", fingerprints(self.config)
+        if (self.checkpoints / "latest").exists() and file.exists():
+            before = json.loads(file.read_text())
+            if changed := [name for name in now if name in before and now[name] != before[name]]:
+                raise ConfigError(
+                    f"{', '.join(changed)} changed since the run in {self.path} started; put back what it was, or "
+                    "choose another run.folder"
+                )
+        with disk_errors(str(file)):
+            write_atomically(file, json.dumps(now, indent=1))
+
     def save(self, engine: Any, step: int, progress: dict[str, Any]) -> None:
         """Writes checkpoint step-N, makes it the latest, and removes old ones. All ranks must call it.
 
@@ -123,6 +147,7 @@ class RunFolder:
                 f"{folder} was written by {processes} processes and this run has {dist.get_world_size()}; start as many"
             )
         try:
+            _check_stored_sums(sorted(folder.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()])
             _, state = engine.load_checkpoint(str(self.checkpoints), tag=folder.name)
             set_random_state(torch.load(folder / f"rank-{dist.get_rank()}.pt", weights_only=True))
         # torch, zip and DeepSpeed raise errors of no common kind on damaged files.
@@ -143,6 +168,47 @@ class RunFolder:
             if self.config.run.delete_checkpoints_when_done:
                 _remove(self.checkpoints)
         dist.barrier()
+
+
+def _check_stored_sums(files: list[Path]) -> None:
+    """torch stores a CRC-32 of every tensor and reads past a wrong one; zipfile does not."""
+    for path in files:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise CheckpointError(f"{path.name} is damaged: the checksum of {damaged} is wrong")
+
+
+def fingerprints(config: TrainConfig) -> dict[str, str]:
+    """Of what a run reads before its first step: the records, the chat formats, and the weights it starts from."""
+    model = config.model
+    formats = json.dumps({name: template.jinja for name, template in TEMPLATES.items()})
+    found = {
+        "data.file": _digest(Path(config.data.file), sampled=False),
+        "the chat formats of libmoe_fast": hashlib.sha256(formats.encode()).hexdigest(),
+    }
+    for name in ("path", "vision_tower", "language_model"):
+        if getattr(model, name) is not None:
+            weights = sorted(Path(getattr(model, name)).glob("*.safetensors")) or sorted(
+                Path(getattr(model, name)).glob("*.bin")
+            )
+            found[f"the weights of model.{name}"] = " ".join(_digest(file, sampled=True) for file in weights)
+    return found
+
+
+def _digest(path: Path, *, sampled: bool) -> str:
+    """SHA-256 of a file, or of its size and evenly spaced blocks: training changes weights everywhere."""
+    blocks, length = WEIGHTS_SAMPLED
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if sampled and size > blocks * length:
+            for block in range(blocks):
+                file.seek((size - length) * block // (blocks - 1))
+                digest.update(file.read(length))
+        else:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 @contextmanager

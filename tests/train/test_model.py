@@ -1,12 +1,13 @@
 """Building models: from parts, from checkpoints, and refusing what is not one."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from libmoe_fast import moe_layers, save_model
+from libmoe_fast import load_model, moe_layers, save_model
 from libmoe_fast.errors import CheckpointError, ConfigError
 from libmoe_fast.train.config import ModelConfig
 from libmoe_fast.train.model import build_model, image_tokens
@@ -70,6 +71,24 @@ def test_composing_a_llava(kind, strategy, extra, tmp_path):
     again, _ = build_model(ModelConfig(path=str(tmp_path / "llava"), stage=2), dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_answers_end_where_training_ended_them(tmp_path):
+    """Phi-3's folder: config and generation_config.json end at other tokens; an answer was taught to end at <|end|>."""
+    _, _, config = parts("clip", tmp_path)
+    tokens = json.loads((tmp_path / "text" / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in tokens}
+    for name, eos in {"config.json": ids["</s>"], "generation_config.json": [ids["</s>"], ids["<|user|>"]]}.items():
+        file = tmp_path / "text" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": eos, "pad_token_id": ids["<pad>"]}))
+    model, processor = build_model(config, dtype=torch.float32)
+    save_model(model, tmp_path / "llava", processor=processor)
+    again, _ = build_model(ModelConfig(path=str(tmp_path / "llava"), stage=3), dtype=torch.float32)
+    save_model(again, tmp_path / "moe", processor=processor)
+    for loaded in (load_model(tmp_path / "llava"), load_model(tmp_path / "moe")):
+        assert loaded.generation_config.eos_token_id == [ids["</s>"], ids["<|user|>"], ids["<|end|>"]]
+        assert loaded.generation_config.pad_token_id == ids["<pad>"]
+    assert processor.tokenizer.eos_token == "<|end|>"
 
 
 def _image():

@@ -5,18 +5,24 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import computed, make_config, write_data, write_model
+from transformers import AutoProcessor
 
 from libmoe_fast import load_model
-from libmoe_fast.errors import CheckpointError, ConfigError, DataError
+from libmoe_fast.checkpoint import FORMAT
+from libmoe_fast.errors import CheckpointError, ConfigError, DataError, DivergedError
+from libmoe_fast.lmms import LibMoEFast
 from libmoe_fast.train import loop, state
+from libmoe_fast.train.chat import TEMPLATES
 from libmoe_fast.train.data import ConversationDataset, make_collator
 from libmoe_fast.train.engine import learning_rate
 from libmoe_fast.train.loop import train
@@ -281,6 +287,115 @@ def test_damaged_checkpoint_is_named(stopped):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="step-2 cannot be read"):
         train(stopped)
+
+
+@pytest.mark.parametrize("file", ["rank-0.pt", "*model_states.pt", "*optim_states.pt"])
+def test_a_flipped_bit_in_a_checkpoint_is_found(file, stopped):
+    """torch reads stored tensors without looking at their checksums."""
+    for path in Path(stopped.run.folder, "checkpoints", "step-2").glob(file):
+        with zipfile.ZipFile(path) as archive:
+            stored = [info for info in archive.infolist() if "/data/" in info.filename]  # tensors
+        largest = max(stored, key=lambda info: info.file_size)
+        content = bytearray(path.read_bytes())
+        name_and_extra = struct.unpack_from("<HH", content, largest.header_offset + 26)
+        content[largest.header_offset + 30 + sum(name_and_extra) + largest.file_size // 2] ^= 4
+        path.write_bytes(content)
+        torch.load(path, weights_only=False)  # as if nothing were wrong
+        with pytest.raises(CheckpointError, match=f"{path.name} is damaged: the checksum of"):
+            train(stopped)
+
+
+def lose_a_record(model, images):
+    records = json.loads(images.read_text())
+    images.write_text(json.dumps(records[:-3]))
+    return "data.file changed"
+
+
+def other_weights(model, images):
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v + 1e-3 for k, v in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    return "the weights of model.path changed"
+
+
+@pytest.mark.parametrize("change", [lose_a_record, other_weights])
+def test_a_run_goes_on_from_its_own_inputs_only(change, tmp_path, monkeypatch):
+    model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data", images=16, texts=0)
+    config = make_config(tmp_path / "run", model, data, optim__max_steps=4)
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, during=0)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    before = [(path, path.read_bytes()) for path in (data, model / "model.safetensors")]
+    message = change(model, data)
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    for path, content in before:
+        path.write_bytes(content)
+    train(config)
+    assert len(computed(tmp_path / "run")) == 4
+
+
+def test_a_run_without_a_checkpoint_may_change_its_data(tmp_path, model):
+    """A file that was mended after the first attempt failed."""
+    data = write_data(tmp_path / "data", images=8, texts=0)
+    whole = data.read_text()
+    config = make_config(tmp_path / "run", model, data, optim__max_steps=1)
+    records = json.loads(whole)
+    records[0]["image"] = "broken.png"
+    (tmp_path / "data" / "broken.png").write_bytes(b"not a PNG")
+    data.write_text(json.dumps(records))
+    with pytest.raises(DataError, match=r"broken\.png"):
+        train(config)
+    data.write_text(whole)
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        pytest.param(torch.nan, {}, "the loss of step 1 is nan", id="weights-nan"),
+        pytest.param(None, {"optim__lr": 1e30}, "of step [23] is", id="rate"),
+        pytest.param(
+            None, {"optim__lr": 1e30, "engine__zero_stage": 2, "engine__dtype": "bf16"}, "of step [23] is", id="bf16"
+        ),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(value, options, message, tmp_path, images):
+    model = write_model(tmp_path / "model")
+    if value is not None:
+        weights = load_file(model / "model.safetensors")
+        weights[next(name for name in weights if name.endswith("linear_2.weight"))][0] = value
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    options = {"optim__max_grad_norm": 0.0, "optim__warmup_ratio": 0.0, "run__save_every": 3} | options
+    with pytest.raises(DivergedError, match=message):
+        train(make_config(tmp_path / "run", model, images, **options))
+    assert not (tmp_path / "run" / "final").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+
+
+def test_later_stages_remember_how_they_were_trained(tmp_path, model, images):
+    """Stage 2 with phi3.5 and no padding; stage 3 is told neither."""
+    options = {"model__stage": 2, "model__chat_template": "phi3.5", "data__image_aspect": "none", "optim__max_steps": 1}
+    train(make_config(tmp_path / "two", model, images, **options))
+    stage2 = tmp_path / "two" / "final"
+    train(make_config(tmp_path / "three", stage2, images, optim__max_steps=1))
+    final = tmp_path / "three" / "final"
+    assert json.loads((final / "config.json").read_text())[FORMAT] == {
+        "chat_template": "phi3.5",
+        "image_aspect": "none",
+    }
+    assert AutoProcessor.from_pretrained(final).chat_template == TEMPLATES["phi3.5"].jinja
+    plugin = LibMoEFast(pretrained=str(final))
+    assert plugin._image_aspect == "none"
+    for contradiction, given in {"model__chat_template": "phi3", "data__image_aspect": "pad"}.items():
+        with pytest.raises(ConfigError, match=f"is '{given}', but .* was trained with"):
+            train(make_config(tmp_path / given, stage2, images, **{contradiction: given}))
+
+
+def test_longer_than_the_context_is_refused(tmp_path, model, images):
+    with pytest.raises(ConfigError, match=r"data\.max_length is 513, but the language model has 512 positions"):
+        train(make_config(tmp_path / "run", model, images, data__max_length=513))
 
 
 def test_checkpoint_of_more_processes_is_refused(stopped):
