@@ -31,6 +31,7 @@ VERSION = 1
 RECIPE_FILE = "libmoe_fast.json"
 WEIGHTS_FILE = "libmoe_fast.safetensors"
 FORMAT = "libmoe_fast_format"  # key of a model's config.json: how its training showed it chats and images
+DEFAULT_FORMAT = {"chat_template": "phi3", "image_aspect": "pad"}
 
 
 def save_model(

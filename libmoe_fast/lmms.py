@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from lmms_eval.api.model import lmms
 
-from libmoe_fast.checkpoint import FORMAT
+from libmoe_fast.checkpoint import DEFAULT_FORMAT, FORMAT
 from libmoe_fast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ class LibMoEFast(lmms):
         self._record = record
         self._join_ranks(device)
         self._load(str(pretrained), dtype, backend)
-        trained = getattr(self._model.config, FORMAT, None) or {}
-        self._image_aspect = image_aspect or trained.get("image_aspect", "pad")
+        trained = DEFAULT_FORMAT | (getattr(self._model.config, FORMAT, None) or {})
+        self._image_aspect = image_aspect or trained["image_aspect"]
         self._context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     @property

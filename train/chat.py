@@ -9,6 +9,8 @@ from libmoe_fast.errors import DataError
 IMAGE = "<image>"
 IGNORED = -100  # the label that cross entropy leaves out
 
+Span = tuple[int, int]  # of characters: first, and one after the last
+
 _MESSAGES = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -37,15 +39,17 @@ class ChatTemplate:
         system = "{% if messages[0]['role'] != 'system' %}" + _turn("system", self.system) + "{% endif %}"
         return "{{ bos_token }}" + system + _MESSAGES
 
-    def render(self, turns: Sequence[tuple[str, str]], bos: str) -> tuple[str, list[tuple[int, int]]]:
-        """Text of alternating (question, answer) turns, and the character spans of the answers with their <|end|>."""
+    def render(self, turns: Sequence[tuple[str, str]], bos: str) -> tuple[str, list[Span], list[Span]]:
+        """Text of alternating (question, answer) turns, and the character spans of questions and of answers."""
         text = bos + (_turn("system", self.system) if self.system else "")
-        spans = []
+        questions, answers = [], []
         for question, answer in turns:
+            start = len(text) + len("<|user|>\n")
+            questions.append((start, start + len(question)))
             text += _turn("user", question) + "<|assistant|>\n"
-            spans.append((len(text), len(text) + len(answer) + len("<|end|>")))
+            answers.append((len(text), len(text) + len(answer)))
             text += answer + "<|end|>\n"
-        return text, spans
+        return text, questions, answers
 
 
 def _turn(role: str, text: str) -> str:
@@ -76,27 +80,49 @@ def encode(
     The text is tokenised once, and a token gets a label when it starts inside an answer: tokenising questions and
     answers apart, to find where answers begin, would disagree with the whole where tokens merge over the seam.
 
+    What people wrote stays text: a `<|end|>` or `<s>` inside a question or an answer is no control token.
+
     Args:
         image_tokens: how many positions the image takes; its one `<image>` token is repeated so often.
 
     Raises:
         DataError: max_length cuts into the image, or leaves no answer.
     """
-    text, spans = template.render(turns, tokenizer.bos_token or "")
+    text, questions, answers = template.render(turns, tokenizer.bos_token or "")
+    labelled = [(start, end + len("<|end|>")) for start, end in answers]
+    control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    image_at = questions[0][0] if turns[0][0].startswith(IMAGE) else None  # conversation_turns puts it there
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
     labels: list[int] = []
-    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token == image_id:
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token == image_id and image_at is not None and start <= image_at < end:
             ids += [token] * image_tokens
             labels += [IGNORED] * image_tokens
-        else:
-            ids.append(token)
-            labels.append(token if any(first <= start < end for first, end in spans) else IGNORED)
+            continue
+        written = _within(start, [*questions, *answers]) and token in control
+        tokens = plain_ids(text[start:end], tokenizer) if written else [token]
+        ids += tokens
+        labels += tokens if _within(start, labelled) else [IGNORED] * len(tokens)
     if image_id in ids[max_length:]:
         raise DataError(f"max_length {max_length} cuts into the image's {image_tokens} tokens; raise data.max_length")
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORED for label in labels):
         raise DataError(f"no answer is left within max_length {max_length}; raise data.max_length")
     return ids, labels
+
+
+def _within(position: int, spans: Sequence[Span]) -> bool:
+    return any(start <= position < end for start, end in spans)
+
+
+def plain_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text in which nothing is a control token."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    finally:
+        backend.encode_special_tokens = before

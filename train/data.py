@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from libmoe_fast.checkpoint import DEFAULT_FORMAT
 from libmoe_fast.errors import DataError
 from libmoe_fast.train.chat import IGNORED, IMAGE, TEMPLATES, conversation_turns, encode
 from libmoe_fast.train.config import DataConfig
@@ -102,7 +103,8 @@ class ConversationDataset(Dataset[Sample]):
         return Sample(ids=ids, labels=labels, pixels=pixels)
 
     def _pixels(self, path: Path) -> Tensor:
-        image = prepare_image(path, self.processor.image_processor, self.config.image_aspect)
+        aspect = self.config.image_aspect or DEFAULT_FORMAT["image_aspect"]
+        image = prepare_image(path, self.processor.image_processor, aspect)
         return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 

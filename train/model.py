@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from libmoe_fast.checkpoint import FORMAT, load_model
+from libmoe_fast.checkpoint import DEFAULT_FORMAT, FORMAT, load_model
 from libmoe_fast.errors import CheckpointError, ConfigError, in_one_line
 from libmoe_fast.train.chat import IMAGE, TEMPLATES
 from libmoe_fast.train.config import ModelConfig, TrainConfig
@@ -50,7 +50,7 @@ def settle_format(config: TrainConfig, model: nn.Module, processor: Any) -> Trai
     """
     known = getattr(model.config, FORMAT, None) or {}
     given = {"chat_template": config.model.chat_template, "image_aspect": config.data.image_aspect}
-    settled = {"chat_template": "phi3", "image_aspect": "pad"} | known
+    settled = DEFAULT_FORMAT | known
     for name, value in given.items():
         if value is None:
             continue

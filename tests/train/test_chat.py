@@ -84,6 +84,23 @@ def test_labels_cover_answers_and_their_end(case, tokenizer):
     assert [tokenizer.decode(run).replace(" <|end|>", "<|end|>").strip() for run in runs] == answers
 
 
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("token", ["<s>", "<|end|>", "<|user|>", "<image>", "<unk>"])
+def test_text_stays_text(token, tokenizer):
+    """A control token's name that somebody wrote is spelled out, in questions and in answers; the format's own stay."""
+    tokenizer = TOKENIZERS[tokenizer]()
+    options = {"image_tokens": 3, "max_length": 512}
+    turns = [("<image>\nWhat is a sign?", "A sign is it.")]
+    ids, labels = encode(turns, tokenizer, TEMPLATES["phi3"], **options)
+    written = [(f"<image>\nWhat is {token} a sign?", f"A {token} sign is it.")]
+    more, more_labels = encode(written, tokenizer, TEMPLATES["phi3"], **options)
+    control = set(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+    assert [i for i in more if i in control] == [i for i in ids if i in control]
+    assert [i for i in more_labels if i in control] == [i for i in labels if i in control]
+    answer = tokenizer.decode([i for i in more_labels if i != IGNORED and i not in control])
+    assert answer.replace(" ", "") == written[0][1].replace(" ", "")
+
+
 def _runs(labels: list[int]) -> list[list[int]]:
     runs, open_run = [], False
     for label in labels:
