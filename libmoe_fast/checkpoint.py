@@ -150,7 +150,7 @@ def load_weights(
     except (AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {in_one_line(error)}") from error
     for layer in layers.values():
-        layer.train(model.training).reset_aux_scale()
+        layer.train(model.training).share_aux_scale()
     if hasattr(model, "tie_weights"):
         model.tie_weights()
         tied = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta}

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from libmoe_fast import ops
+from libmoe_fast import loss_scale, ops
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.experts import Experts
 from libmoe_fast.routers import build_router
@@ -49,7 +49,7 @@ class MoE(nn.Module):
     the T*K choices that each expert got) hold detached values for logging; they are None before it.
     """
 
-    aux_scale: Tensor  # gradient that arrives at the training loss; the aux loss is scaled by it in backward
+    aux_scale: Tensor  # scale of the task's loss while backward runs, the same scalar for all layers on a device
 
     def __init__(
         self,
@@ -129,7 +129,8 @@ class MoE(nn.Module):
         self.balance_coef, self.z_coef, self.aux_weight = balance_coef, z_coef, aux_weight
         self.balance_over, self.balance_scope = balance_over, balance_scope
         self.aux_mode, self.backend = aux_mode, backend
-        self.reset_aux_scale()
+        loss_scale.watch()
+        self.share_aux_scale()
         self.clear_statistics()
         self._records: list[Routing] | None = None  # a list while record_routing is active
         self._without_grad = 0  # forwards in training mode since one that kept gradients
@@ -206,7 +207,7 @@ class MoE(nn.Module):
             return None
         attach = self.aux_mode == "attach" and torch.is_grad_enabled()
         if self.aux_scale.device != self.experts.w1.device:  # the weights were replaced one by one, not moved together
-            self.reset_aux_scale()
+            self.share_aux_scale()
         return LossOptions(
             balance_coef=self.balance_coef * self.aux_weight,
             z_coef=self.z_coef * self.aux_weight,
@@ -224,17 +225,22 @@ class MoE(nn.Module):
         if self._records is not None and torch._C._current_graph_task_id() == -1:
             self._records.append(Routing(*(t.detach().view(*shape[:-1], t.shape[-1]) for t in routing[:4])))
 
-    def reset_aux_scale(self) -> None:
-        """Back to 1, where the weights are. float32 whatever the model is: it holds fp16 loss scales.
+    def share_aux_scale(self) -> None:
+        """Takes the scalar of the device where the weights are.
 
         No buffer: one that no checkpoint holds comes out of transformers' from_pretrained with whatever was in memory.
         """
-        self.aux_scale = torch.ones((), dtype=torch.float32, device=self.experts.w1.device)
+        self.aux_scale = loss_scale.shared(self.experts.w1.device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.reset_aux_scale()  # undo a cast; a move from the meta device left it without a value
+        self.share_aux_scale()
         return self
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        loss_scale.watch()  # unpickled, perhaps in a new process
+        self.share_aux_scale()  # a copy reads the same scalar, not a copy of it
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from libmoe_fast import loss_scale
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.layer import MoE
 from libmoe_fast.spec import Routing, check_choice
@@ -39,8 +40,8 @@ def upcycle(
     CLIPMLP, SiglipMLP or LlavaMultiModalProjector. Gates are drawn from N(0, 0.02), independently per layer. Load the
     dense weights first; upcycle before deepspeed.initialize.
 
-    A forward hook on `model` reads the gradient that arrives at `output.loss` (1 / accumulation steps, the fp16 loss
-    scale) and scales the auxiliary losses by it; see `scale_aux_loss` for a loss computed outside the model.
+    The auxiliary losses take the scale of the task's loss when backward begins (accumulation steps, the labels of all
+    accumulated batches, the fp16 loss scale), wherever the loss is computed; see `loss_scale`.
 
     Args:
         targets: what to swap, of "vision" and "projector".
@@ -130,13 +131,12 @@ def _projectors(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def install(model: nn.Module, layers: dict[str, MoE]) -> None:
-    """Puts MoE layers at dotted names of `model`, and the hooks that serve them on `model` itself."""
+    """Puts MoE layers at dotted names of `model`, and the hook that serves them on `model` itself."""
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
     if _forget_statistics not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_forget_statistics)
-        model.register_forward_hook(_watch_loss)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
@@ -154,30 +154,14 @@ def set_training_progress(model: nn.Module, step: int, total: int) -> None:
 # Scaling of the auxiliary loss
 
 
-def scale_aux_loss(model: nn.Module, loss: Tensor) -> Tensor:
-    """Returns `loss`; when its backward begins, the auxiliary losses take the scale of the gradient that arrives.
+def scale_aux_loss(loss: Tensor) -> Tensor:
+    """Returns `loss`, a mean; in backward the auxiliary losses take the scale of the gradient that arrives at it.
 
-    `upcycle` does this for a loss that the model returns. Call it for a loss computed outside of the model and then
-    divided or multiplied (gradient accumulation, fp16 loss scaling).
+    The scale is found without it wherever the graph shows it (see loss_scale). Call it where it does not: a loss that a
+    fused kernel sums up and that is divided by the labels of several batches, or one of several terms.
     """
-    if loss.requires_grad:
-        layers = list(moe_layers(model).values())
-
-        def set_scale(grad: Tensor) -> None:
-            for layer in layers:
-                # Through .data: backward of this very graph has saved the tensor, and must see the new value.
-                layer.aux_scale.data.copy_(grad.detach())
-
-        loss.register_hook(set_scale)
+    loss_scale.mark(loss)
     return loss
-
-
-def _watch_loss(model: nn.Module, _inputs, output) -> None:
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if loss is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].dim() == 0:
-        loss = output[0]
-    if loss is not None:
-        scale_aux_loss(model, loss)
 
 
 def _forget_statistics(model: nn.Module, _inputs) -> None:

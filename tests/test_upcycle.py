@@ -208,7 +208,6 @@ def test_from_pretrained_of_a_class_that_upcycles(tmp_path):
         model.train()
         model(images).pooler_output.square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert {layer.aux_scale.item() for layer in moe_layers(loaded).values()} == {1.0}
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
@@ -289,13 +288,15 @@ def test_aux_loss_disabled(model_and_batch):
 
 
 def test_a_deep_copy_trains_on_its_own(model_and_batch):
-    """Hooks and scales follow the copy: the original's loss must not scale the copy's auxiliary losses."""
+    """Each backward has a scale of its own: the original's loss must not scale the copy's auxiliary losses."""
     model, inputs = model_and_batch
     upcycle(model).train()
     twin = copy.deepcopy(model)
-    (twin(**inputs).loss / 8).backward()
-    assert {layer.aux_scale.item() for layer in moe_layers(twin).values()} == {0.125}
-    assert {layer.aux_scale.item() for layer in moe_layers(model).values()} == {1.0}
+    losses = [model(**inputs).loss, twin(**inputs).loss / 8]
+    for loss in losses:
+        loss.backward()
+    expected = {name: grad / 8 for name, grad in gradients(model).items()}
+    torch.testing.assert_close(gradients(twin), expected, rtol=1e-4, atol=1e-8)
 
 
 def test_records_by_image(model_and_batch):

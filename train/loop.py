@@ -24,7 +24,7 @@ from libmoe_fast.train.model import DTYPES, build_model, image_tokens, settle_fo
 from libmoe_fast.train.sampler import ModalityLengthSampler, steps_per_epoch
 from libmoe_fast.train.state import RunFolder, seed_everything
 from libmoe_fast.train.stop import StopSignal
-from libmoe_fast.upcycle import aux_loss_disabled, set_training_progress
+from libmoe_fast.upcycle import aux_loss_disabled, scale_aux_loss, set_training_progress
 
 
 def train(config: TrainConfig) -> None:
@@ -117,7 +117,7 @@ def _micro_step(engine: Any, batch: Batch, labels_each: float, statistics: Stati
     with aux_loss_disabled(engine.module) if batch.text_only else nullcontext():
         inputs = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.inputs.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(engine.module.dtype)
-        loss = engine(**inputs, num_items_in_batch=labels_each, use_cache=False).loss
+        loss = scale_aux_loss(engine(**inputs, num_items_in_batch=labels_each, use_cache=False).loss)
         engine.backward(loss)
     return statistics.read(loss, text_only=batch.text_only)
 
