@@ -6,6 +6,7 @@ tokens (backend, loss options) goes on to ops.route as `context`, unread.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import math
@@ -226,9 +227,15 @@ class HyperRouter(Router):
     [W, b] = hypernetwork(embedding): Linear(D, D/4), ReLU, Linear(D/4, N (D + 1)). Only `embedding` [D] learns.
     In training K rises from 1 to top_k with `set_progress`: round((top_k - 1) * step / total) + 1; before the first
     call, and in evaluation, it is top_k.
+
+    seed: of the hypernetwork's weights, which are the same wherever the router is made again: training scripts that
+    store trainable parameters only (LLaVA's mm_projector.bin, non_lora_trainables.bin) then lose nothing. `upcycle`
+    numbers its layers with it.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, *, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int, *, seed: int = 0, device=None, dtype=None) -> None:
+        if not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise ConfigError(f"seed is {seed!r}; expected a whole number from 0 to 2^63 - 1")
         spec = RouterSpec(
             num_experts=num_experts, top_k=top_k, bias="score", probability="identity", gate="softmax", aux=False
         )
@@ -238,7 +245,7 @@ class HyperRouter(Router):
         self.schedule = [dataclasses.replace(spec, top_k=k) for k in range(1, top_k + 1)]
         self.training_top_k = top_k
         self.embedding = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))  # [D]
-        self.hypernet = Hypernetwork(dim, num_experts, device=device, dtype=dtype)
+        self.hypernet = Hypernetwork(dim, num_experts, seed=seed, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -260,9 +267,9 @@ class Hypernetwork(nn.Module):
     gives the same gate, and out of reach of `requires_grad_(True)`, so that "train everything" leaves it frozen.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, num_experts: int, *, seed: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.dim, self.num_experts = dim, num_experts
+        self.dim, self.num_experts, self.seed = dim, num_experts, seed
         hidden = max(dim // 4, 1)
         for name, shape in {
             "w1": (hidden, dim),
@@ -275,8 +282,13 @@ class Hypernetwork(nn.Module):
     def reset_parameters(self) -> None:
         """He scaling, so that a standard normal embedding generates gates of standard deviation 0.02."""
         hidden, dim = self.w1.shape
-        nn.init.normal_(self.w1, std=math.sqrt(2 / dim))
-        nn.init.normal_(self.w2, std=GATE_STD / math.sqrt(hidden))
+        if not self.w1.is_meta:
+            # Not the seed itself: after torch.manual_seed(0) the embedding would be drawn as the same numbers.
+            digest = hashlib.sha256(f"libmoe_fast hypernetwork {self.seed}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            # Drawn on the CPU, because devices draw differently.
+            for weight, std in ((self.w1, math.sqrt(2 / dim)), (self.w2, GATE_STD / math.sqrt(hidden))):
+                weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu").mul_(std))
         nn.init.zeros_(self.b1)
         nn.init.zeros_(self.b2)
 

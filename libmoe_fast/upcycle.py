@@ -4,6 +4,7 @@ Modules are found by class, not by path: transformers moved the paths between ve
 """
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from libmoe_fast import loss_scale
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.layer import MoE
+from libmoe_fast.routers import find_router
 from libmoe_fast.spec import Routing, check_choice
 
 TARGETS = ("vision", "projector")
@@ -61,9 +63,10 @@ def upcycle(
         found = find_dense_mlps(model, (target,))
         options = {"aux_weight": 1 / len(found)} if aux_over_layers == "mean" else {}
         for name, mlp in found.items():
+            own = {"router_options": _numbered(router, layer_options.get("router_options"), len(layers))}
             try:
                 layers[name] = MoE.from_dense(
-                    mlp, router=router, num_experts=num_experts, top_k=top_k, **(options | layer_options)
+                    mlp, router=router, num_experts=num_experts, top_k=top_k, **(options | layer_options | own)
                 )
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from error
@@ -79,6 +82,12 @@ def upcycle(
             stacklevel=2,
         )
     return model
+
+
+def _numbered(router: str, options: dict | None, number: int) -> dict:
+    """The router's options; one that draws from a seed of its own takes the layer's number, if none is given."""
+    seeded = "seed" in inspect.signature(find_router(router)).parameters
+    return ({"seed": number} if seeded else {}) | (options or {})
 
 
 def find_dense_mlps(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> dict[str, nn.Module]:

@@ -120,6 +120,24 @@ def test_the_auxiliary_loss_is_the_mean_over_a_tower(model_and_batch):
         torch.testing.assert_close(sum(layer.aux_loss for layer in layers.values()), expected)
 
 
+def test_hyper_comes_back_from_its_trainable_parameters(model_and_batch):
+    """What LLaVA's savers keep. Layers draw hypernetworks of their own, the same ones in every process."""
+    model, inputs = model_and_batch
+    saved = upcycle(copy.deepcopy(model), router="hyper").eval()
+    with torch.no_grad():
+        for layer in moe_layers(saved).values():
+            layer.experts.w1.add_(0.1 * torch.randn_like(layer.experts.w1))  # experts that differ
+    kept = {name: p.detach() for name, p in saved.named_parameters() if p.requires_grad}
+    torch.manual_seed(1234)
+    loaded = upcycle(copy.deepcopy(model), router="hyper").eval()
+    assert not loaded.load_state_dict(kept, strict=False).unexpected_keys
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, saved(**inputs).logits)
+    nets = torch.stack([layer.router.hypernet.w2.flatten()[:500] for layer in moe_layers(saved).values()])
+    correlation = torch.corrcoef(nets) - torch.eye(len(nets))
+    assert correlation.abs().max() < 5 / nets.shape[1] ** 0.5
+
+
 def test_frozen_towers(model_and_batch):
     model, _ = model_and_batch
     model.requires_grad_(False)
