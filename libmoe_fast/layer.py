@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from libmoe_fast import loss_scale, ops
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.experts import Experts
-from libmoe_fast.routers import build_router
+from libmoe_fast.routers import build_router, check_router_options
 from libmoe_fast.spec import LossOptions, Routing, check_choice
 
 # Reentrant checkpointing runs every forward without gradients once, and once more with them: one or two say nothing.
@@ -115,6 +115,7 @@ class MoE(nn.Module):
             if not 0 <= value < math.inf:  # NaN is neither
                 raise ConfigError(f"{name} is {value}; it must be a number of at least 0")
         weight = experts.w1
+        check_router_options(router, router_options)
         self.router = build_router(
             router,
             experts.in_features,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from libmoe_fast import ops
 from libmoe_fast.errors import ConfigError
-from libmoe_fast.spec import RouterSpec, Routing, check_choice
+from libmoe_fast.spec import RouterSpec, Routing, check_choice, check_positive
 
 GENERATED_AT_A_TIME = 8192  # rows of the hypernetwork's second layer
 GATE_STD = 0.02  # LibMoE draws every gate from N(0, 0.02)
@@ -26,6 +26,9 @@ ALWAYS_ONE = """\
 router {name!r} with top_k = 1: the one gate weight of a token is always 1, so the task's loss gives the router no \
 gradient, only the auxiliary losses do. Take top_k = 2 or more, or weights that are not normalized: router "smoe" or \
 "sigmoid" with normalize="none" (Switch Transformer: the probability itself)."""
+
+SIZES = ("dim", "num_experts", "top_k")  # what a layer passes to a router besides its options
+PLACES = ("device", "dtype")
 
 ROUTERS: dict[str, type["Router"]] = {}
 
@@ -66,15 +69,19 @@ def find_router(name: str) -> type["Router"]:
 def build_router(name: str, dim: int, num_experts: int, top_k: int, **options) -> "Router":
     """Builds a router by name. Options it does not have are a ConfigError that lists those it has."""
     cls = find_router(name)
-    known = [p for p in inspect.signature(cls).parameters if p not in ("dim", "num_experts", "top_k")]
-    if unknown := sorted(set(options) - set(known)):
-        allowed = ", ".join(o for o in known if o not in ("device", "dtype"))
-        raise ConfigError(f"router {name!r} has no option {', '.join(unknown)}; it has: {allowed or 'none'}")
+    check_router_options(name, {o: value for o, value in options.items() if o not in PLACES})
     router = cls(dim, num_experts, top_k, **options)
     spec = router.spec
     if spec.top_k == 1 < spec.num_experts and spec.weights_sum_to_one:
         warnings.warn(ALWAYS_ONE.format(name=name), stacklevel=2)
     return router
+
+
+def check_router_options(name: str, options: dict | None) -> None:
+    """Raises ConfigError for options that router `name` does not have; device and dtype are the layer's."""
+    known = [o for o in inspect.signature(find_router(name)).parameters if o not in (*SIZES, *PLACES)]
+    if unknown := sorted(set(options or {}) - set(known)):
+        raise ConfigError(f"router {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
 
 
 class Router(nn.Module):
@@ -167,10 +174,9 @@ class CosineRouter(Router):
         device=None,
         dtype=None,
     ) -> None:
-        if temperature <= 0:
-            raise ConfigError(f"temperature is {temperature}; it must be positive")
-        if proj_dim is not None and proj_dim < 1:
-            raise ConfigError(f"proj_dim is {proj_dim}; it must be at least 1, or None for no projection")
+        check_positive("temperature", temperature)
+        if proj_dim is not None and not (isinstance(proj_dim, int) and proj_dim >= 1):
+            raise ConfigError(f"proj_dim is {proj_dim!r}; it must be at least 1, or None for no projection")
         spec = RouterSpec(
             num_experts=num_experts, top_k=top_k, score="cosine", tau=self.tau, bias="selection", gate="softmax"
         )

@@ -4,6 +4,7 @@ score -> probability p -> selection score s -> top-K of s (ties: lowest index) -
 """
 
 import functools
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -49,8 +50,10 @@ class RouterSpec:
         for name, hint in get_type_hints(type(self)).items():
             if choices := get_args(hint):
                 check_choice(name, getattr(self, name), choices)
-        if self.tau < 0 or self.noise_std < 0:
-            raise ConfigError(f"tau is {self.tau} and noise_std {self.noise_std}; neither may be negative")
+        for name in ("tau", "noise_std"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name} is {value!r}; it must be a finite number and not negative")
         words = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.init)
         object.__setattr__(self, "encoded", " ".join(words))
 
@@ -152,3 +155,9 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value!r}; it must be a positive number")

@@ -1,11 +1,14 @@
 """One run's settings. The docstrings below are the command line's help."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from libmoe_fast.errors import ConfigError
-from libmoe_fast.routers import build_router
+from libmoe_fast.routers import build_router, check_router_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -174,6 +177,37 @@ HARMLESS = {
 }
 
 
+LARGEST = 10**9
+BELOW_ONE = math.nextafter(1.0, 0.0)
+RANGES = {  # option -> smallest and largest value
+    "run.seed": (0, 2**32 - 1),  # what NumPy takes
+    "run.save_every": (1, LARGEST),
+    "run.keep_checkpoints": (1, LARGEST),
+    "run.log_every": (1, LARGEST),
+    "data.max_length": (1, LARGEST),
+    "data.megabatch": (1, LARGEST),
+    "data.workers": (0, 1024),
+    "optim.lr": (0, LARGEST),
+    "optim.batch_size": (1, LARGEST),
+    "optim.accumulation": (1, LARGEST),
+    "optim.epochs": (1, LARGEST),
+    "optim.max_steps": (1, LARGEST),
+    "optim.warmup_ratio": (0, 1),
+    "optim.weight_decay": (0, LARGEST),
+    "optim.max_grad_norm": (0, LARGEST),
+    "each of optim.betas": (0, BELOW_ONE),
+    "engine.zero_stage": (0, 3),
+    "model.balance_coef": (0, LARGEST),
+    "model.z_coef": (0, LARGEST),
+}
+
+
+def _range(low: float, high: float) -> str:
+    if high == LARGEST:
+        return f"at least {low} (and no more than {LARGEST:,})"
+    return f"at least {low} and below 1" if high == BELOW_ONE else f"from {low} to {high}"
+
+
 def check(config: TrainConfig) -> None:
     """Refuses settings that cannot work, before anything slow is loaded.
 
@@ -182,16 +216,17 @@ def check(config: TrainConfig) -> None:
     """
     _require(bool(config.run.folder), "run.folder is not set; give the run a folder, as in --run.folder runs/stage1")
     _require(bool(config.data.file), "data.file is not set; name the LLaVA JSON file, as in --data.file train.json")
-    for name in ("run.save_every", "run.keep_checkpoints", "run.log_every", "data.megabatch", "data.max_length",
-                 "optim.batch_size", "optim.accumulation", "optim.epochs"):  # fmt: skip
-        value = flatten(plain(config))[name]
-        _require(value >= 1, f"{name} is {value}; it must be at least 1")
-    _require(config.run.seed >= 0, f"run.seed is {config.run.seed}; it must not be negative")
-    steps = config.optim.max_steps
-    _require(steps is None or steps >= 1, f"optim.max_steps is {steps}; it must be at least 1, or left out")
+    furthest = max(config.optim.betas, key=lambda beta: abs(beta - 0.5))
+    options = flatten(plain(config)) | {"each of optim.betas": furthest}
+    for name, (low, high) in RANGES.items():
+        value = options[name]
+        fits = value is None or low <= value <= high  # NaN never does
+        _require(fits, f"{name} is {value}; it must be {_range(low, high)}")
     _require(config.optim.lr > 0, f"optim.lr is {config.optim.lr}; it must be positive")
-    _require(0 <= config.optim.warmup_ratio <= 1, f"optim.warmup_ratio is {config.optim.warmup_ratio}; it is a share")
-    _require(config.engine.zero_stage in range(4), f"engine.zero_stage is {config.engine.zero_stage}; choose 0 to 3")
+    _require(
+        config.engine.dtype != "fp16" or torch.cuda.is_available(),
+        "engine.dtype is fp16, but there is no GPU here; choose bf16 or fp32",
+    )
     _require(
         not config.engine.offload or config.engine.zero_stage > 0, "engine.offload needs engine.zero_stage 1, 2 or 3"
     )
@@ -216,6 +251,7 @@ def _check_moe(model: ModelConfig) -> None:
         f"model.targets is {model.targets}; choose from vision and projector",
     )
     # Building a small router on the meta device lets each router check its own options, and costs nothing.
+    check_router_options(model.router, model.router_options)
     build_router(model.router, 16, model.num_experts, model.top_k, device="meta", **model.router_options)
 
 

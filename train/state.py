@@ -15,6 +15,7 @@ import hashlib
 import json
 import random
 import shutil
+import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from libmoe_fast.errors import CheckpointError, ConfigError
 from libmoe_fast.files import sync, sync_tree, write_atomically
 from libmoe_fast.train.chat import TEMPLATES
 from libmoe_fast.train.config import HARMLESS, TrainConfig, flatten, plain
+from libmoe_fast.train.engine import collect_from_ranks
 
 # torch's zip writer reports a full disk as a RuntimeError with one of these.
 WEIGHTS_SAMPLED = 256, 1 << 16  # blocks per file of weights, bytes per block
@@ -59,8 +61,20 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = (self.path / ".lock").open("w")
             self._claim()
+            write_atomically(self.path / ".seen", uuid.uuid4().hex)
         dist.barrier()
+        self._check_shared()
         return self
+
+    def _check_shared(self) -> None:
+        """Checkpoints are written by all processes and read by all: a folder per node would be found out at resume."""
+        file = self.path / ".seen"
+        seen = collect_from_ranks([file.read_text() if file.is_file() else ""])
+        if missing := [rank for rank, token in enumerate(seen) if token != seen[0]]:
+            raise ConfigError(
+                f"processes {', '.join(map(str, missing))} do not see the run's folder {self.path} of process 0; "
+                "run.folder must lie on a disk that all nodes share"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

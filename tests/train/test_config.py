@@ -1,9 +1,11 @@
 """Options: presets that parse, and settings that cannot work, refused in one line."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -106,16 +108,36 @@ BAD = {
     "optim.max_steps": (0, "optim.max_steps is 0"),
     "optim.lr": (0.0, "optim.lr is 0.0; it must be positive"),
     "optim.warmup_ratio": (1.5, "optim.warmup_ratio is 1.5"),
-    "engine.zero_stage": (4, "engine.zero_stage is 4; choose 0 to 3"),
+    "engine.zero_stage": (4, "engine.zero_stage is 4; it must be from 0 to 3"),
     "engine.offload": (True, "engine.offload needs"),
 }
+FURTHER = [
+    ("model.router_options", {"device": "cpu"}, "no option device"),
+    ("model.router_options", {"temperature": "hot"}, "temperature is 'hot'; it must be a positive number"),
+    ("model.router_options", {"temperature": math.nan}, "temperature is nan; it must be a positive number"),
+    ("model.balance_coef", math.nan, "model.balance_coef is nan"),
+    ("run.seed", 2**32, "run.seed is 4294967296; it must be from 0 to 4294967295"),
+    ("data.workers", -1, "data.workers is -1"),
+    ("optim.lr", math.nan, "optim.lr is nan"),
+    ("optim.lr", math.inf, "optim.lr is inf"),
+    ("optim.weight_decay", -1.0, "optim.weight_decay is -1.0; it must be at least 0"),
+    ("optim.weight_decay", math.nan, "optim.weight_decay is nan"),
+    ("optim.betas", (0.9, 1.0), "each of optim.betas is 1.0; it must be at least 0 and below 1"),
+    ("optim.betas", (-0.1, 0.9), "each of optim.betas is -0.1"),
+    ("optim.batch_size", 10**22, "no more than 1,000,000,000"),
+    ("optim.max_grad_norm", -1.0, "optim.max_grad_norm is -1.0"),
+    pytest.param(
+        *("engine.dtype", "fp16", "fp16, but there is no GPU"),
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU"),
+    ),
+]
 
 
-@pytest.mark.parametrize("option", BAD)
-def test_what_cannot_work_is_refused(option, good):
+@pytest.mark.parametrize(("option", "value", "message"), [*((name, *case) for name, case in BAD.items()), *FURTHER])
+def test_what_cannot_work_is_refused(option, value, message, good):
     good.engine.zero_stage = 0
+    good.model.router = "cosine"
     check(good)
-    value, message = BAD[option]
     section, name = option.split(".")
     setattr(getattr(good, section), name, value)
     with pytest.raises(ConfigError, match=message) as error:

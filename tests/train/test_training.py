@@ -354,9 +354,9 @@ def test_a_run_without_a_checkpoint_may_change_its_data(tmp_path, model):
     ("value", "options", "message"),
     [
         pytest.param(torch.nan, {}, "the loss of step 1 is nan", id="weights-nan"),
-        pytest.param(None, {"optim__lr": 1e30}, "of step [23] is", id="rate"),
+        pytest.param(None, {"optim__lr": 1e9}, "of step [23] is", id="rate"),
         pytest.param(
-            None, {"optim__lr": 1e30, "engine__zero_stage": 2, "engine__dtype": "bf16"}, "of step [23] is", id="bf16"
+            None, {"optim__lr": 1e9, "engine__zero_stage": 2, "engine__dtype": "bf16"}, "of step [23] is", id="bf16"
         ),
     ],
 )
@@ -418,6 +418,13 @@ def test_later_checkpoint_of_a_killed_run_does_not_outlive_the_latest(stopped, m
         train(stopped)
     assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["step-3"]
     assert (checkpoints / "latest").read_text() == "step-3"
+
+
+def test_nodes_that_share_no_disk_are_refused(tmp_path, model, images, monkeypatch):
+    """Before anything is trained: what the other node reads in a folder of that name is nothing, or another run's."""
+    monkeypatch.setattr(state, "collect_from_ranks", lambda lines: [*lines, "", "another run's"])
+    with pytest.raises(ConfigError, match="processes 1, 2 do not see the run's folder"):
+        train(make_config(tmp_path / "run", model, images))
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, model, images):
