@@ -14,7 +14,7 @@ def read_records(file: Path, images: Path, *, skip_bad: bool) -> tuple[list[Reco
     """Records that can be trained on, and one line for each that was left out.
 
     Args:
-        file: JSON list of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}.
+        file: JSON list, or JSON lines, of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}.
         images: folder that image paths start from.
         skip_bad: leave out bad records instead of raising at the first.
 
@@ -44,17 +44,31 @@ def name_record(file: Path, index: int, record: Any) -> str:
 
 def _parse(file: Path) -> list[Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # a byte-order mark, which some editors write, is no content
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     try:
-        records = json.loads(text)
+        records = _json_lines(text) if text.lstrip().startswith("{") and "\n" in text.strip() else json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: malformed JSON {_where(text, error)}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting of thousands of levels
+        raise DataError(f"{file}: JSON that cannot be read: {error}") from error
     if not isinstance(records, list):
         raise DataError(f"{file}: holds a JSON {type(records).__name__}; expected a list of records")
+    return records
+
+
+def _json_lines(text: str) -> list[Any]:
+    """One record per line; positions in errors are those in the whole text."""
+    decoder, records, position = json.JSONDecoder(), [], 0
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
+            continue
+        record, position = decoder.raw_decode(text, position)
+        records.append(record)
     return records
 
 
@@ -99,6 +113,8 @@ def _conversation_problem(turns: Any) -> str | None:
         expected = ("human", "gpt")[position % 2]
         if turn["from"] != expected:
             return f"turn {position} is from {turn['from']!r}; expected {expected!r} (human and gpt take turns)"
+        if not _is_text(turn["value"]):
+            return f"turn {position} holds half a character (a lone surrogate), which no encoding can write"
         if expected == "gpt" and not turn["value"].strip():
             return f"the answer in turn {position} is empty"
     if not turns:
@@ -106,6 +122,14 @@ def _conversation_problem(turns: Any) -> str | None:
     if len(turns) % 2:
         return "the conversation ends without an answer"
     return None
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _image_problem(record: Record, images: Path) -> str | None:

@@ -99,7 +99,14 @@ class RunFolder:
             with disk_errors(str(file)):
                 write_atomically(file, yaml.safe_dump(plain(self.config), sort_keys=False))
             return
-        before, now = flatten(yaml.safe_load(file.read_text())), flatten(plain(self.config))
+        try:
+            before = flatten(yaml.safe_load(file.read_text()))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{file} is empty or damaged ({type(error).__name__}); choose another run.folder, or delete the file "
+                "if the run was started with these very options"
+            ) from error
+        now = flatten(plain(self.config))
         changed = [key for key in now if now[key] != before.get(key) and key not in HARMLESS]
         if changed:
             listing = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)

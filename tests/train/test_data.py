@@ -1,15 +1,19 @@
 """Records and batches: every bad input gives its error and its name, and skipping loses nothing else."""
 
+import contextlib
 import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from libmoe_fast.errors import DataError
 from libmoe_fast.train.chat import IGNORED
 from libmoe_fast.train.config import DataConfig
 from libmoe_fast.train.data import ConversationDataset, batches, make_collator
+from libmoe_fast.train.records import read_records
 from libmoe_fast.train.sampler import ModalityLengthSampler
 from libmoe_fast.train.tiny import tiny_llava
 
@@ -73,6 +77,10 @@ BAD_ON_OPENING = {
         "an answer contains <image>",
     ),
     "data URI": (good(1) | {"image": "data:image/png;base64,iVBORw0KGgo"}, "data URI; expected the path"),
+    "half a character": (
+        good(1) | {"conversations": turns(("human", "<image>"), ("gpt", "yes \ud83d"))},
+        "turn 1 holds half a character",
+    ),
     "endless name": (good(1) | {"image": "x" * 5000}, "is no file name"),
     "two images": (good(1) | {"image": ["good.png", "good.png"]}, "expected one path"),
     "not an object": ("n1", "is a JSON str"),
@@ -113,7 +121,13 @@ def test_malformed_json_names_line_and_column(folder, processor):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"a": 1}', "expected a list"), (b"\xff\xfe[]", "not UTF-8"), (b"[]", "no record can be used")],
+    [
+        (b'{"a": 1}', "expected a list"),
+        (b"\xff\xfe[]", "not UTF-8"),
+        (b"[]", "no record can be used"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"[" + b"9" * 5000 + b"]", "cannot be read"),
+    ],
 )
 def test_foreign_file(content, message, folder, processor):
     (folder / "data.json").write_bytes(content)
@@ -121,6 +135,52 @@ def test_foreign_file(content, message, folder, processor):
         ConversationDataset(
             DataConfig(file=str(folder / "data.json")), processor, image_tokens=IMAGE_TOKENS, template="phi3"
         )
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda records: "\ufeff" + json.dumps(records), id="byte-order mark"),
+        pytest.param(lambda records: "\n".join(map(json.dumps, records)) + "\n", id="JSON lines"),
+        pytest.param(lambda records: "\r\n\r\n".join(map(json.dumps, records)), id="Windows JSON lines"),
+        pytest.param(lambda records: json.dumps(records, indent=1), id="indented"),
+    ],
+)
+def test_other_ways_to_write_the_same_records(write, folder, processor):
+    expected = open_dataset(folder, [good(0), good(1, image=False)], processor)
+    (folder / "data.json").write_text(write([good(0), good(1, image=False)]), encoding="utf-8")
+    config = DataConfig(file=str(folder / "data.json"))
+    dataset = ConversationDataset(config, processor, image_tokens=IMAGE_TOKENS, template="phi3")
+    assert [dataset[i].ids for i in range(2)] == [expected[i].ids for i in range(2)]
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.sampled_from(["id", "image", "conversations", "from", "value"]) | st.text(), inner)
+    ),
+)
+
+
+@given(ANY_JSON)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_record_is_read_or_refused_by_name(folder, record):
+    """Whatever JSON a record is: one line that names it, or a record that can be used."""
+    (folder / "data.json").write_text(json.dumps([good(0), record]))
+    with contextlib.suppress(DataError):
+        read_records(folder / "data.json", folder, skip_bad=False)
+    records, skipped = read_records(folder / "data.json", folder, skip_bad=True)
+    assert len(records) + len(skipped) == 2
+    assert all("record 1" in line and "\n" not in line for line in skipped)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_is_refused_by_name(folder, content):
+    (folder / "data.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.json"):
+        read_records(folder / "data.json", folder, skip_bad=True)
 
 
 def test_missing_file(folder, processor):
