@@ -29,11 +29,12 @@ export OMP_NUM_THREADS ?= 1
 # Byte code is compiled by the first process that imports a file, not again by each of some hundred.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test bench lint gate gpu sanitize wheel-check doctor install locked lock latest matrix clean distclean
+.PHONY: help demo test isa bench lint gate gpu sanitize wheel-check doctor install locked lock latest matrix clean distclean
 
 help:
 	@echo "make demo         train and compare five routers on real images; report in runs/demo (DEMO_ARGS=--short: less)"
 	@echo "make test         run the tests (PYTEST_ARGS=... are passed on)"
+	@echo "make isa          run the CPU engine's tests on the paths that processors with fewer instructions take"
 	@echo "make bench        measure the layers against other implementations (BENCH_ARGS=... are passed on)"
 	@echo "make doctor       say what is installed and which backends work here"
 	@echo "make lint         check the style of the Python files"
@@ -56,12 +57,17 @@ demo: install
 
 # Two workers, a file at a time: fixtures of a module are made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+ISA_TESTS := tests/test_cpu_engine.py tests/test_cpu_routing.py tests/test_ops.py tests/test_layer.py
 
 # Twice, because interpreted and compiled Triton kernels cannot share a process. The kernel tests of the first run are
 # those of a GPU, skipped where there is none.
 test: install
 	$(PYTEST) $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(PYTEST_ARGS)
+
+# What other processors would run: one without AVX-512, and one without its bf16.
+isa: install
+	for isa in avx2 avx512; do LIBMOE_FAST_CPU_ISA=$$isa $(PYTEST) $(ISA_TESTS) || exit 1; done
 
 # All cores: these sizes use them.
 bench: install

@@ -9,6 +9,9 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #include "dtypes.h"
 
@@ -19,14 +22,27 @@
 
 namespace libmoe_fast {
 
+// LIBMOE_FAST_CPU_ISA takes instructions away that this machine has: so that one machine can test every path.
+enum class Isa { avx2, avx512, all };
+
+inline Isa allowed_isa() {
+  const char* choice = std::getenv("LIBMOE_FAST_CPU_ISA");
+  const std::string isa = choice == nullptr ? "" : choice;
+  if (isa == "avx2") return Isa::avx2;
+  if (isa == "avx512") return Isa::avx512;
+  if (isa.empty()) return Isa::all;
+  throw std::runtime_error("libmoe_fast: LIBMOE_FAST_CPU_ISA is '" + isa +
+                           "'; expected avx2, avx512 (without its bf16), or nothing, for all that this machine has");
+}
+
 inline bool has_avx512() {
   static const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512vl");
+                                __builtin_cpu_supports("avx512vl") && allowed_isa() != Isa::avx2;
   return supported;
 }
 
 inline bool has_avx512_bf16() {
-  static const bool supported = has_avx512() && __builtin_cpu_supports("avx512bf16");
+  static const bool supported = has_avx512() && __builtin_cpu_supports("avx512bf16") && allowed_isa() == Isa::all;
   return supported;
 }
 

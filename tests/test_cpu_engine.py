@@ -1,6 +1,9 @@
 """The CPU expert engine against float64, in both of its ways to multiply: own tiles, and torch's mm."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,9 +125,9 @@ def test_bits_do_not_depend_on_the_run(dtype, gemm):
 
 def tiles_pay(dtype):
     """As in csrc/tile_gemm.cpp. The bits of torch's mm do depend on the number of threads."""
-    cpu = torch.cpu.get_capabilities()
-    fp32 = all(cpu.get(name) for name in ("avx512_f", "avx512_bw", "avx512_vl"))
-    return fp32 if dtype == torch.float32 else fp32 and cpu["avx512_bf16"] and not cpu["amx_bf16"]
+    cpu, allowed = torch.cpu.get_capabilities(), os.environ.get("LIBMOE_FAST_CPU_ISA", "")
+    fp32 = all(cpu.get(name) for name in ("avx512_f", "avx512_bw", "avx512_vl")) and allowed != "avx2"
+    return fp32 if dtype == torch.float32 else fp32 and not allowed and cpu["avx512_bf16"] and not cpu["amx_bf16"]
 
 
 @pytest.fixture
@@ -251,3 +254,15 @@ def test_an_unknown_way_to_multiply_is_an_error(monkeypatch):
     index, tensors, dy = problem(4, 4, 4, 4, 2, 1, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="LIBMOE_FAST_CPU_GEMM is 'mkl'; expected torch"):
         results(engine, index, tensors, dy, activation="gelu", gated=False)
+
+
+def test_unknown_instructions_are_an_error():
+    """Read once per process, so in one of its own."""
+    code = (
+        "import torch; from libmoe_fast import MoE; "
+        "MoE(64, 64, 64, num_experts=2, top_k=2, backend='cpu')(torch.ones(4, 64))"
+    )
+    environment = os.environ | {"LIBMOE_FAST_CPU_ISA": "avx1"}
+    outcome = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if torch.cpu.get_capabilities().get("avx512_vl"):
+        assert "LIBMOE_FAST_CPU_ISA is 'avx1'; expected avx2, avx512" in outcome.stderr
