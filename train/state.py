@@ -37,6 +37,7 @@ from libmoe_fast.train.config import HARMLESS, TrainConfig, flatten, plain
 from libmoe_fast.train.engine import collect_from_ranks
 
 # torch's zip writer reports a full disk as a RuntimeError with one of these.
+SEEN = ".seen.partial"  # there while a run starts; one that a killed run left is removed like all that is half-written
 WEIGHTS_SAMPLED = 256, 1 << 16  # blocks per file of weights, bytes per block
 TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")
 
@@ -61,15 +62,17 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = (self.path / ".lock").open("w")
             self._claim()
-            write_atomically(self.path / ".seen", uuid.uuid4().hex)
+            write_atomically(self.path / SEEN, uuid.uuid4().hex)
         dist.barrier()
         self._check_shared()
         return self
 
     def _check_shared(self) -> None:
         """Checkpoints are written by all processes and read by all: a folder per node would be found out at resume."""
-        file = self.path / ".seen"
+        file = self.path / SEEN
         seen = collect_from_ranks([file.read_text() if file.is_file() else ""])
+        if dist.get_rank() == 0:
+            file.unlink()
         if missing := [rank for rank, token in enumerate(seen) if token != seen[0]]:
             raise ConfigError(
                 f"processes {', '.join(map(str, missing))} do not see the run's folder {self.path} of process 0; "
