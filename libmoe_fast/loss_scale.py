@@ -111,7 +111,7 @@ def _find(node: Any, output: int) -> tuple[Any, int, Tensor | float]:
             above, (node, output) = (node, output), inputs[0]
             continue
         if inputs:  # scalars added up: mixture weights below are multiplied, normalisers divide
-            return node, output, next(filter(_known, map(_share, inputs)), 1.0)
+            return node, output, next((share for edge in inputs if (share := _share(edge)) is not None), 1.0)
         count = _count(node)
         if count is None and above is not None and above[0].name().startswith("Div"):
             if not node.name().startswith("Sum"):
@@ -175,10 +175,6 @@ def _scalar_inputs(node: Any, output: int) -> list[tuple[Any, int]]:
 def _is_scalar(node: Any, output: int) -> bool:
     metadata = node._input_metadata  # of the gradients that come in: of what the node made
     return output < len(metadata) and all(size == 1 for size in metadata[output].shape)
-
-
-def _known(share: Tensor | float | None) -> bool:
-    return share is not None
 
 
 @functools.cache

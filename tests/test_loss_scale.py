@@ -1,5 +1,6 @@
 """The scale of the auxiliary losses: in every form of a loss, and in training loops that know nothing of them."""
 
+import copy
 import warnings
 
 import pytest
@@ -198,8 +199,6 @@ def test_in_transformers_trainer(wrap, options, scale, tmp_path):
     data = samples(processor)
 
     def make_model(coefficient):
-        import copy
-
         torch.manual_seed(0)
         return upcycle(copy.deepcopy(dense), balance_coef=coefficient, z_coef=coefficient / 5).train()
 

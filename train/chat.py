@@ -89,6 +89,7 @@ def encode(
         DataError: max_length cuts into the image, or leaves no answer.
     """
     text, questions, answers = template.render(turns, tokenizer.bos_token or "")
+    contents = [*questions, *answers]
     labelled = [(start, end + len("<|end|>")) for start, end in answers]
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     image_at = questions[0][0] if turns[0][0].startswith(IMAGE) else None  # conversation_turns puts it there
@@ -101,7 +102,7 @@ def encode(
             ids += [token] * image_tokens
             labels += [IGNORED] * image_tokens
             continue
-        written = _within(start, [*questions, *answers]) and token in control
+        written = token in control and _within(start, contents)
         tokens = plain_ids(text[start:end], tokenizer) if written else [token]
         ids += tokens
         labels += tokens if _within(start, labelled) else [IGNORED] * len(tokens)

@@ -180,13 +180,14 @@ class StepLog:
         dist.all_reduce(sums)
         rows = sums.tolist()
         seconds = (time.perf_counter() - self.clock) / len(rows)
+        for entry, _ in self.pending:
+            entry["grad_norm"] = float(entry["grad_norm"])
         if self.writes:
             lines = [self._line(entry, row, seconds) for (entry, _), row in zip(self.pending, rows, strict=True)]
             with disk_errors(str(self.folder / "log.jsonl")):
                 self._write(lines)
         steps = [
-            (entry["step"], row[0], float(entry["grad_norm"]))
-            for (entry, _), row in zip(self.pending, rows, strict=True)
+            (entry["step"], row[0], entry["grad_norm"]) for (entry, _), row in zip(self.pending, rows, strict=True)
         ]
         self.pending.clear()
         self.restart_clock()
@@ -198,7 +199,7 @@ class StepLog:
 
     def _line(self, entry: dict[str, Any], row: list[float], seconds: float) -> dict[str, Any]:
         timing = {"step_seconds": seconds, "tokens_per_second": entry.pop("tokens") / seconds}
-        norm = _number(float(entry["grad_norm"]))  # not finite where fp16 overflowed: a skipped step
+        norm = _number(entry["grad_norm"])  # not finite where fp16 overflowed: a skipped step
         return {**entry, "grad_norm": norm, **timing, **self.statistics.describe(row, self.micro_batches)}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """LLaVA JSON: reading it, and refusing what cannot be trained on with the file and the record by name."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ def _parse(file: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     try:
-        records = _json_lines(text) if text.lstrip().startswith("{") and "\n" in text.strip() else json.loads(text)
+        lines = text.lstrip().startswith("{") and "\n" in text.strip()  # one record on each
+        records = list(_values(text, 0)) if lines else json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: malformed JSON {_where(text, error)}: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting of thousands of levels
@@ -60,16 +63,16 @@ def _parse(file: Path) -> list[Any]:
     return records
 
 
-def _json_lines(text: str) -> list[Any]:
-    """One record per line; positions in errors are those in the whole text."""
-    decoder, records, position = json.JSONDecoder(), [], 0
-    while position < len(text):
-        if text[position].isspace():
+def _values(text: str, position: int, between: str = " \t\r\n") -> Iterator[Any]:
+    """The JSON values from a position on, whatever is `between` them; errors name positions in the whole text."""
+    decoder = json.JSONDecoder()
+    while True:
+        while position < len(text) and text[position] in between:
             position += 1
-            continue
-        record, position = decoder.raw_decode(text, position)
-        records.append(record)
-    return records
+        if position == len(text):
+            return
+        value, position = decoder.raw_decode(text, position)
+        yield value
 
 
 def _where(text: str, error: json.JSONDecodeError) -> str:
@@ -85,16 +88,11 @@ def _where(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _complete_records(text: str) -> list[Any]:
-    decoder, records = json.JSONDecoder(), []
-    position = text.find("[") + 1
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        try:
-            record, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError:
-            return records
-        records.append(record)
+    records = []
+    with suppress(json.JSONDecodeError):
+        for record in _values(text, text.find("[") + 1, between=" \t\r\n,"):
+            records.append(record)
+    return records
 
 
 def _problem(record: Any, images: Path) -> str | None:

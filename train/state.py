@@ -36,9 +36,9 @@ from libmoe_fast.train.chat import TEMPLATES
 from libmoe_fast.train.config import HARMLESS, TrainConfig, flatten, plain
 from libmoe_fast.train.engine import collect_from_ranks
 
-# torch's zip writer reports a full disk as a RuntimeError with one of these.
 SEEN = ".seen.partial"  # there while a run starts; one that a killed run left is removed like all that is half-written
 WEIGHTS_SAMPLED = 256, 1 << 16  # blocks per file of weights, bytes per block
+# torch's zip writer reports a full disk as a RuntimeError with one of these.
 TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
@@ -211,10 +211,8 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
         "the chat formats of libmoe_fast": hashlib.sha256(formats.encode()).hexdigest(),
     }
     for name in ("path", "vision_tower", "language_model"):
-        if getattr(model, name) is not None:
-            weights = sorted(Path(getattr(model, name)).glob("*.safetensors")) or sorted(
-                Path(getattr(model, name)).glob("*.bin")
-            )
+        if (folder := getattr(model, name)) is not None:
+            weights = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
             found[f"the weights of model.{name}"] = " ".join(_digest(file, sampled=True) for file in weights)
     return found
 

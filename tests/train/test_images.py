@@ -12,7 +12,7 @@ GREY16 = numpy.array([[0, 257, 65535]], dtype=numpy.uint16)
 
 
 def rgba(*pixels):
-    return Image.fromarray(numpy.array([pixels], dtype=numpy.uint8), "RGBA") if pixels else None
+    return Image.fromarray(numpy.array([pixels], dtype=numpy.uint8), "RGBA")
 
 
 def palette():
