@@ -18,6 +18,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 GATE_ARGS ?=
 GPU_ARGS ?=
+CACHE_ARGS ?=
 LOCK_ARGS ?=
 MATRIX_ARGS ?=
 
@@ -29,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 # Byte code is compiled by the first process that imports a file, not again by each of some hundred.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test isa bench lint gate gpu sanitize wheel-check doctor install locked lock latest matrix clean distclean
+.PHONY: help demo test isa bench lint gate gpu gpu-cache sanitize wheel-check doctor install locked lock latest matrix clean distclean
 
 help:
 	@echo "make demo         train and compare five routers on real images; report in runs/demo (DEMO_ARGS=--short: less)"
@@ -40,6 +41,7 @@ help:
 	@echo "make lint         check the style of the Python files"
 	@echo "make gate         compile the GPU kernels for four architectures, and count the bytes they move (GATE_ARGS=--short)"
 	@echo "make gpu          judge the kernels on the GPU here, in nine minutes: right, and how near the limit"
+	@echo "make gpu-cache    compile the kernels for such a GPU here, into runs/gpu-cache, to be carried to its machine"
 	@echo "make sanitize     run the op tests on the C++ library under address and undefined-behaviour sanitizer"
 	@echo "make wheel-check  build one wheel and test it under the oldest torch it is for and under the torch in .venv"
 	@echo "make install      only set up .venv and install the package there"
@@ -84,6 +86,9 @@ gate: install
 	$(BIN)/python -m libmoe_fast.kernels.traffic
 
 # Where nothing is installed: PYTHONPATH=. python -m libmoe_fast.kernels.device_check
+gpu-cache: install
+	$(BIN)/python -m libmoe_fast.kernels.cache $(CACHE_ARGS)
+
 gpu: install
 	$(BIN)/python -m libmoe_fast.kernels.device_check $(GPU_ARGS)
 

@@ -5,7 +5,8 @@
 Runs in a checkout, where nothing has to be installed (PYTHONPATH=.) and no network is needed. Each step is a process
 with a time limit of its own; what fails or takes too long is said, and the next step follows. Verdicts are printed as
 they come, and again at the end; results.json, summary.md and log.txt are written after every step, into FOLDER (if not
-given, the folder that OUT names, else runs/gpu). Exit code 1 if any step failed.
+given, the folder that OUT names, else runs/gpu). Exit code 1 if any step failed. What `make gpu-cache` compiled before,
+on a machine without a GPU, is found in runs/gpu-cache, and what had to be compiled here is added to it.
 
 --dry-run is the same script in Triton's interpreter, at tiny sizes: its first run on a GPU is then not its first run.
 """
@@ -28,6 +29,9 @@ import torch
 
 from libmoe_fast.compatibility import installed_version
 
+from .cache import FOLDER, compiled_kernels, settle
+from .cache import VARIABLE as CACHE_VARIABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "hypothesis")
 PASSED, FAILED, LEFT_OUT = "passed", "FAILED", "left out"
@@ -36,9 +40,13 @@ METRICS = ("Compute (SM) Throughput", "Memory Throughput", "Achieved Occupancy",
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where the check runs. dry: in the interpreter; workers: how many test processes share the GPU."""
+    """Where the check runs. dry: in the interpreter; workers: how many test processes share the GPU.
+
+    cache: of compiled kernels, Triton's.
+    """
 
     out: Path
+    cache: Path
     dry: bool
     workers: int
 
@@ -50,17 +58,25 @@ class Place:
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         backend = {"TRITON_INTERPRET": "1"} if self.dry else {}
-        return os.environ | backend | {"PYTHONPATH": path, "LIBMOE_FAST_BACKEND": "triton", "PYTHONUNBUFFERED": "1"}
+        return {
+            **os.environ,
+            **backend,
+            CACHE_VARIABLE: str(self.cache),
+            "PYTHONPATH": path,
+            "LIBMOE_FAST_BACKEND": "triton",
+            "PYTHONUNBUFFERED": "1",
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What came of a step. summary: one line or a few; data: all its numbers."""
+    """What came of a step. summary: one line or a few; compiled: kernels the cache lacked; data: all its numbers."""
 
     step: str
     status: str
     summary: str
     seconds: float = 0.0
+    compiled: int = 0
     data: Any = None
 
 
@@ -208,9 +224,15 @@ class Report:
 
     def markdown(self) -> str:
         about = ", ".join(f"{name} {value}" for name, value in self.machine.items())
-        lines = [f"Measured by `make gpu`: {about}.", "", "| step | verdict | seconds | |", "|---|---|---|---|"]
+        lines = [
+            f"Measured by `make gpu`: {about}.",
+            "",
+            "| step | verdict | seconds | compiled | |",
+            "|---|---|---|---|---|",
+        ]
         for each in self.verdicts:
-            lines.append(f"| {each.step} | {each.status} | {each.seconds:.0f} | {each.summary.partition(chr(10))[0]} |")
+            first = each.summary.partition("\n")[0]
+            lines.append(f"| {each.step} | {each.status} | {each.seconds:.0f} | {each.compiled} | {first} |")
         for each in self.verdicts:
             if isinstance(each.data, list) and each.data and isinstance(each.data[0], dict):
                 lines += ["", *markdown_table(each.data)]
@@ -226,7 +248,8 @@ def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def line_of(verdict: Verdict) -> str:
-    return f"{verdict.status:8} {verdict.step:9} {verdict.seconds:5.0f} s  {verdict.summary}"
+    compiled = f"  ({verdict.compiled} kernels compiled)" if verdict.compiled else ""
+    return f"{verdict.status:8} {verdict.step:9} {verdict.seconds:5.0f} s{compiled}  {verdict.summary}"
 
 
 def machine(dry: bool) -> dict[str, Any]:
@@ -245,7 +268,7 @@ def run_step(step: Step, place: Place, seconds_left: float) -> Verdict:
     limit = min(step.seconds, seconds_left)
     if limit < 1:
         return Verdict(step=step.name, status=LEFT_OUT, summary="no time was left")
-    start = time.monotonic()
+    start, before = time.monotonic(), compiled_kernels(place.cache)
     log = place.file(f"{step.name}.log")
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -263,13 +286,14 @@ def run_step(step: Step, place: Place, seconds_left: float) -> Verdict:
             status = None
             process.wait()
     seconds, output = time.monotonic() - start, log.read_text(errors="replace")
+    compiled = len(compiled_kernels(place.cache) - before)
     with (place.out / "log.txt").open("a") as out:
         out.write(f"\n=== {step.name}: {step.about}\n{output}")
     if status is None:
         summary = f"stopped after {limit:.0f} s; its last line: {last_line(output)}"
-        return Verdict(step=step.name, status=FAILED, summary=summary, seconds=seconds)
+        return Verdict(step=step.name, status=FAILED, summary=summary, seconds=seconds, compiled=compiled)
     found, summary, data = step.read(place, output, status)
-    return Verdict(step=step.name, status=found, summary=summary, seconds=seconds, data=data)
+    return Verdict(step=step.name, status=found, summary=summary, seconds=seconds, compiled=compiled, data=data)
 
 
 def check(place: Place, steps: list[Step], limit: float) -> list[Verdict]:
@@ -279,6 +303,7 @@ def check(place: Place, steps: list[Step], limit: float) -> list[Verdict]:
     (place.out / "log.txt").unlink(missing_ok=True)
     report = Report(place=place, machine=machine(place.dry))
     print(", ".join(f"{name} {value}" for name, value in report.machine.items()), flush=True)
+    print(f"{len(settle(place.cache))} kernels were compiled before, in {place.cache}", flush=True)
     end = time.monotonic() + limit
     for step in steps:
         report.add(run_step(step, place, end - time.monotonic()))
@@ -296,6 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [step.name for step in STEPS]
     default = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu")
     parser.add_argument("--out", type=Path, default=default, help="folder of the results (OUT, else runs/gpu)")
+    parser.add_argument("--cache", type=Path, default=FOLDER, help="compiled kernels (runs/gpu-cache)")
     parser.add_argument("--steps", nargs="+", choices=names, default=names, metavar="NAME", help="which (all)")
     parser.add_argument("--limit", type=float, default=540, help="seconds for all of it (540)")
     cores = os.cpu_count() or 1
@@ -306,7 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("torch finds no GPU here; --dry-run goes through the same steps in Triton's interpreter")
     if not (ROOT / "tests" / "kernels").is_dir():
         parser.error("the tests of the kernels are not installed with the package: run this in a checkout")
-    place = Place(out=options.out.absolute(), dry=options.dry_run, workers=options.workers)
+    out, cache = options.out.absolute(), options.cache.absolute()
+    place = Place(out=out, cache=cache, dry=options.dry_run, workers=options.workers)
     verdicts = check(place, [step for step in STEPS if step.name in options.steps], options.limit)
     failed = [verdict.step for verdict in verdicts if verdict.status == FAILED]
     print("\nIn short:")

@@ -9,7 +9,6 @@ Nothing here waits for the device: sizes come from shapes, and what depends on t
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from libmoe_fast.spec import RouterSpec, routed_shapes
@@ -17,7 +16,7 @@ from libmoe_fast.spec import RouterSpec, routed_shapes
 from .permutation import choices_per_step, count_kernel, padded_experts, permute_kernel
 from .routing import route_kernel
 from .routing_backward import route_backward_kernel, router_grad_kernel, router_reduce_kernel
-from .run import run
+from .run import cdiv, next_power_of_2, run
 
 BLOCK_TOKENS = 32  # tokens per block of the routing kernels, at most
 BLOCK_SCORES = 2048  # and their scores [tokens, N], which stay in registers
@@ -92,7 +91,7 @@ def spec_arguments(spec: RouterSpec, inputs: RouterInputs, temperature: float, b
         "N": spec.num_experts,
         "NP": NP,
         "K": spec.top_k,
-        "KP": triton.next_power_of_2(spec.top_k),
+        "KP": next_power_of_2(spec.top_k),
         "COSINE": spec.score == "cosine",
         "BIAS": spec.bias,
         "PROBABILITY": spec.probability,
@@ -109,18 +108,18 @@ def depth_step(x: Tensor, num_experts: int, step: int) -> int:
     most = max(32, 2048 // padded_experts(num_experts))
     if x.shape[1] % 16:
         step //= 2  # each element is then loaded by itself, which takes registers
-    return max(16, min(step // x.element_size(), triton.next_power_of_2(x.shape[1]), most))
+    return max(16, min(step // x.element_size(), next_power_of_2(x.shape[1]), most))
 
 
 def block_tokens(length: int, num_experts: int) -> int:
     """Tokens per block; 16 rows are the fewest that a product takes."""
-    tokens = min(BLOCK_TOKENS, BLOCK_SCORES // padded_experts(num_experts), triton.next_power_of_2(length))
+    tokens = min(BLOCK_TOKENS, BLOCK_SCORES // padded_experts(num_experts), next_power_of_2(length))
     return max(16, tokens)
 
 
 def blocks_per_program(blocks: int) -> int:
     """How many blocks a program of permute takes: a power of two, as each value is compiled for itself."""
-    return triton.next_power_of_2(triton.cdiv(blocks, PERMUTE_PROGRAMS))
+    return next_power_of_2(cdiv(blocks, PERMUTE_PROGRAMS))
 
 
 def dispatch(
@@ -138,7 +137,7 @@ def dispatch(
     T, device = x.shape[0], x.device
     length = T // sequences
     block = block_tokens(length, N)
-    blocks = sequences * triton.cdiv(length, block)
+    blocks = sequences * cdiv(length, block)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -169,7 +168,7 @@ def dispatch(
     values = LossValues(floats(3), floats(N), floats(sequences, N))
     run(
         permute_kernel,
-        (triton.cdiv(blocks, per) + 1,),
+        (cdiv(blocks, per) + 1,),
         device=device,
         index_ptr=routed.index,
         **pointers(sums),
@@ -188,7 +187,7 @@ def dispatch(
         PER=per,
         BLOCKS=choices_per_step(N) // 2,
         CHOICES=choices_per_step(N),
-        SEQUENCES=min(choices_per_step(N) // 2, triton.next_power_of_2(sequences)),
+        SEQUENCES=min(choices_per_step(N) // 2, next_power_of_2(sequences)),
         num_warps=4,
     )
     return routed, permuted, values
@@ -198,7 +197,7 @@ def permute(index: Tensor, num_experts: int) -> Permuted:
     """Sorts an index [T, K] that another router made; two launches. T > 0."""
     choices, device, NP = index.numel(), index.device, padded_experts(num_experts)
     step = min(choices_per_step(num_experts), BLOCK_CHOICES)
-    blocks = triton.cdiv(choices, BLOCK_CHOICES)
+    blocks = cdiv(choices, BLOCK_CHOICES)
     per = blocks_per_program(blocks)
     counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=device)
     permuted = Permuted(index.new_empty(choices), index.new_empty(choices), index.new_empty(num_experts + 1))
@@ -206,7 +205,7 @@ def permute(index: Tensor, num_experts: int) -> Permuted:
     run(count_kernel, (blocks,), device=device, index_ptr=index, counts_ptr=counts, choices=choices, **sizes)
     run(
         permute_kernel,
-        (triton.cdiv(blocks, per) + 1,),
+        (cdiv(blocks, per) + 1,),
         device=device,
         index_ptr=index,
         **pointers(BlockSums(counts, None, None, None)),
@@ -263,7 +262,7 @@ def dispatch_backward(
     sequences = first_share.shape[0]
     length = T // sequences
     block = block_tokens(length, N)
-    blocks = sequences * triton.cdiv(length, block)
+    blocks = sequences * cdiv(length, block)
     learned_noise = routed.noise_scale is not None
 
     def floats(*shape: int, needed: bool = True) -> Tensor | None:
@@ -307,12 +306,12 @@ def dispatch_backward(
         **arguments,
     )
 
-    BD, splits = depth_step(x, N, BACKWARD_STEP), triton.cdiv(T, SPLIT_TOKENS)
+    BD, splits = depth_step(x, N, BACKWARD_STEP), cdiv(T, SPLIT_TOKENS)
     parts = floats(splits, N * (2 if learned_noise else 1), D)
     sizes = {"N": N, "NP": padded_experts(N), "LEARNED_NOISE": learned_noise, "BD": BD, "num_warps": warps}
     run(
         router_grad_kernel,
-        (triton.cdiv(D, BD), splits),
+        (cdiv(D, BD), splits),
         device=device,
         x_ptr=x,
         ddot_ptr=ddot,
@@ -333,7 +332,7 @@ def dispatch_backward(
     )
     run(
         router_reduce_kernel,
-        (triton.cdiv(D, BD),),
+        (cdiv(D, BD),),
         device=device,
         parts_ptr=parts,
         w_ptr=inputs.w,

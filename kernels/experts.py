@@ -10,7 +10,6 @@ import os
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from libmoe_fast.errors import ConfigError
@@ -19,7 +18,7 @@ from .combine import combine_kernel
 from .dispatch import Permuted
 from .grouped_gemm import down_kernel, dx_kernel, dz_kernel, up_kernel
 from .primitives import INTERPRETED
-from .run import architecture, descriptors_usable, processors, run, tile_columns, weight_operand
+from .run import architecture, cdiv, descriptors_usable, next_power_of_2, processors, run, tile_columns
 from .tiles import PRECISIONS
 from .weight_grad import weight_grad_kernel
 
@@ -53,7 +52,7 @@ def experts(
         persistent(rows, N, H, device),
         "up_gated" if expert.gated else "up",
         x_ptr=x,
-        w1=weight_operand(expert.w1, descriptor),
+        w1=expert.w1,
         b1_ptr=expert.b1,
         order_ptr=permuted.order,
         z_ptr=z,
@@ -72,7 +71,7 @@ def experts(
         persistent(rows, N, O, device),
         "down",
         a_ptr=a,
-        w2=weight_operand(expert.w2, descriptor),
+        w2=expert.w2,
         b2_ptr=expert.b2,
         y_ptr=ys,
         H=H,
@@ -90,7 +89,7 @@ def combine(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = 
     BT, BO = 16, 128
     run(
         combine_kernel,
-        (triton.cdiv(T, BT), triton.cdiv(O, BO)),
+        (cdiv(T, BT), cdiv(O, BO)),
         device=rows.device,
         rows_ptr=rows,
         inverse_ptr=inverse,
@@ -135,14 +134,14 @@ def experts_backward(
     shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
     dz, wa = torch.empty_like(z), x.new_empty(rows, H)
     gemm = "dz_gated" if expert.gated else "dz"
-    parts = triton.cdiv(H, tile_columns(gemm, expert.w2, shared["PRECISION"]))
+    parts = cdiv(H, tile_columns(gemm, expert.w2, shared["PRECISION"]))
     dw_parts = torch.empty(rows, parts, dtype=torch.float32, device=device)
     run(
         dz_kernel,
         persistent(rows, N, H, device),
         gemm,
         dy_ptr=dy,
-        w2=weight_operand(expert.w2, descriptor),
+        w2=expert.w2,
         b2_ptr=expert.b2,
         weights_ptr=weights,
         order_ptr=permuted.order,
@@ -168,7 +167,7 @@ def experts_backward(
         persistent(rows, N, D, device),
         "dx",
         dz_ptr=dz,
-        w1=weight_operand(expert.w1, descriptor),
+        w1=expert.w1,
         order_ptr=permuted.order,
         dw_parts_ptr=dw_parts,
         dx_ptr=dxs,
@@ -176,7 +175,7 @@ def experts_backward(
         D=D,
         H1=H1,
         PARTS=parts,
-        PARTS_P=triton.next_power_of_2(parts),
+        PARTS_P=next_power_of_2(parts),
         **shared,
     )
     return ExpertGrads(dxs, dweights, dw1, db1, dw2, db2)
@@ -200,7 +199,7 @@ def weight_grad(
     N, M, C = dw.shape
 
     def grid(meta: dict) -> tuple:
-        return (triton.cdiv(M, meta["BM"]) * triton.cdiv(C, meta["BN"]), N)
+        return (cdiv(M, meta["BM"]) * cdiv(C, meta["BN"]), N)
 
     run(
         weight_grad_kernel,
@@ -235,7 +234,7 @@ def gemm_arguments(x: Tensor, permuted: Permuted, num_experts: int) -> dict:
         "offsets_ptr": permuted.offsets,
         "rows_log2": rows_log2(permuted),
         "N": num_experts,
-        "NP": triton.next_power_of_2(num_experts),
+        "NP": next_power_of_2(num_experts),
         "PRECISION": precision(x),
     }
 
@@ -249,7 +248,7 @@ def persistent(rows: int, num_experts: int, columns: int, device: torch.device):
     """Grid of a persistent kernel: the tile's programs per processor, or one per tile where there are fewer."""
 
     def grid(meta: dict) -> tuple:
-        tiles = (triton.cdiv(rows, meta["BM"]) + num_experts - 1) * triton.cdiv(columns, meta["BN"])  # at most
+        tiles = (cdiv(rows, meta["BM"]) + num_experts - 1) * cdiv(columns, meta["BN"])  # at most
         return (min(processors(device) * meta["PROGRAMS"], tiles),)
 
     return grid

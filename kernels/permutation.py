@@ -11,6 +11,8 @@ order.
 import triton
 import triton.language as tl
 
+from .run import next_power_of_2
+
 
 @triton.jit
 def permute_kernel(
@@ -175,7 +177,7 @@ def count_kernel(
 
 def padded_experts(num_experts: int) -> int:
     """N padded to a power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(num_experts))
+    return max(16, next_power_of_2(num_experts))
 
 
 def choices_per_step(num_experts: int) -> int:

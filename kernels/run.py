@@ -2,12 +2,18 @@
 
 Every launch of the package goes through `run`. `observing` sees them all, and can stand in for a GPU that is not there:
 the compile gate, the traffic count and the launch-count tests look at the same launches that a layer makes.
+
+Triton's own way to a launch (tuner, heuristics, binding, specialisation) takes 130 us of Python, and a training step
+makes twelve: at CLIP's sizes more than the GPU works. So a launch that was made before is made again by the compiled
+kernel that it came to (`Prepared`).
 """
 
 import contextlib
 import functools
+import inspect
+import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,25 +99,112 @@ def run(
     **args,
 ) -> None:
     """Launches a kernel; a GEMM with the tuned tile of its candidates, on the grid that the tile asks for."""
+    if INTERPRETED or _observation is not None or _chooser is not None:
+        _run(kernel, grid, gemm, device, itemsize, args)
+        return
+    key = launch_key(kernel, gemm, device, args)
+    with on_device(device):
+        if (prepared := _prepared.get(key)) is not None:
+            prepared.launch(grid, args)
+            return
+    compiled, sizes = _run(kernel, grid, gemm, device, itemsize, args)
+    if len(_prepared) >= MOST_PREPARED:  # of a program whose sizes never come back
+        _prepared.clear()
+    _prepared[key] = Prepared(compiled=compiled, names=tuple(kernel.arg_names), gemm=gemm, sizes=sizes)
+
+
+def _run(
+    kernel: Any,
+    grid: Callable[[dict], tuple] | tuple,
+    gemm: str | None,
+    device: torch.device,
+    itemsize: int,
+    args: dict[str, Any],
+) -> tuple[Any, dict[str, int]]:
+    """Triton's way. Returns the compiled kernel, and the sizes of the tile that was chosen for it."""
     launch = Launch(
         kernel=kernel, grid=grid if callable(grid) else lambda _: grid, args=args, gemm=gemm, itemsize=itemsize
     )
     if _observation is not None:
         _observation.seen(launch)
         if _observation.architecture is not None:
-            return
+            return None, {}
     with on_device(device):
         if gemm is None:
-            kernel[grid](**args, **COMPILER_OPTIONS)
-            return
+            return kernel[grid](**args, **COMPILER_OPTIONS), {}
         tiles = launch.tiles(architecture(device))
         if _chooser is not None:
             tiles = (_chooser(gemm, tiles),)
         if INTERPRETED:
             sized = args | tiles[0].sizes
-            kernel[grid(sized)](**sized | fitted(sized, gemm))
+            return kernel[grid(sized)](**sized | fitted(sized, gemm)), {}
+        tuned = _tuned(kernel, gemm, tiles)
+        return tuned[grid](**args, **COMPILER_OPTIONS), tuned.best_config.kwargs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches that were made before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A compiled kernel, ready for arguments that agree in `launch_key`. names: of all its arguments, in order."""
+
+    compiled: Any
+    names: tuple[str, ...]
+    gemm: str | None
+    sizes: dict[str, int]
+
+    def launch(self, grid: Callable[[dict], tuple] | tuple, args: dict[str, Any]) -> None:
+        if self.gemm is not None:
+            args |= self.sizes
+            args |= fitted(args, self.gemm)
+        shape = grid(args) if callable(grid) else grid
+        self.compiled[shape + (1,) * (3 - len(shape))](*[args[name] for name in self.names])
+
+
+MOST_PREPARED = 4096
+_prepared: dict[tuple, Prepared] = {}
+
+
+def launch_key(kernel: Any, gemm: str | None, device: torch.device, args: dict[str, Any]) -> tuple:
+    """What a compiled kernel depends on, at least: what Triton specialises by, and a GEMM's tuner, whose keys are
+    among its integers. Of a GEMM all integers count, of others those that are constants; of the rest, and of
+    pointers, what decides how they are loaded and stored.
+    """
+    key = [kernel.fn, gemm, device.index, *args]  # a kernel itself is hashed by its source
+    general = () if gemm is not None else runtime_names(kernel.fn)
+    pointers = []
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            key.append(value.dtype)
+            pointers.append(value.data_ptr())
+        elif name not in general or value is None:
+            key.append(value)
+        elif isinstance(value, float):
+            key.append(float)
         else:
-            _tuned(kernel, gemm, tiles)[grid](**args, **COMPILER_OPTIONS)
+            key.append((value == 1, value % 16 == 0, value < 2**31))
+    if functools.reduce(operator.or_, pointers, 0) % 16:
+        key += [pointer % 16 == 0 for pointer in pointers]
+    return tuple(key)
+
+
+@functools.cache
+def runtime_names(function: Callable) -> frozenset[str]:
+    """The arguments of a kernel's function that are no constants to the compiler: they have no annotation."""
+    return frozenset(inspect.signature(function).parameters) - inspect.get_annotations(function).keys()
+
+
+# Triton's own are functions of its language, which take ten times as long.
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -128,19 +221,19 @@ def _tuned(kernel: Any, gemm: str, tiles: tuple[Tile, ...]):
     if gemm in WEIGHTS:
         # A heuristic, not a pre_hook of each config: with those, triton gives up its cache on disk.
         argument, _ = WEIGHTS[gemm]
-        kernel = triton.heuristics({argument: lambda args: fitted(args, gemm)[argument]})(kernel)
+        kernel = triton.heuristics({argument: lambda args: fitted(args, gemm).get(argument, args[argument])})(kernel)
     return triton.autotune(configs=configs, key=TUNING_KEYS[gemm], cache_results=True)(kernel)
 
 
 def fitted(args: dict, gemm: str) -> dict:
-    """The weight among a GEMM's sized arguments; a descriptor gets the block that the tile reads."""
-    if gemm not in WEIGHTS:
+    """A GEMM's weight, if it is read through a descriptor: that, of the block which the tile reads."""
+    if gemm not in WEIGHTS or not args["DESCRIPTOR"]:
         return {}
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     argument, sides = WEIGHTS[gemm]
-    operand = args[argument]
-    if not isinstance(operand, Tensor):
-        operand = replace(operand, block_shape=[1, *(args[side] for side in sides)])
-    return {argument: operand}
+    weight = args[argument]
+    return {argument: TensorDescriptor(weight, weight.shape, weight.stride(), [1, *(args[side] for side in sides)])}
 
 
 def architecture(device: torch.device) -> str:
@@ -182,12 +275,3 @@ def descriptors_usable(device: torch.device, *weights: Tensor) -> bool:
     return all(
         w.shape[2] * w.element_size() % 16 == 0 and w.storage_offset() * w.element_size() % 16 == 0 for w in weights
     )
-
-
-def weight_operand(weight: Tensor, descriptor: bool):
-    """What a GEMM kernel takes as its weight: the tensor, or a descriptor whose block the launch fits to the tile."""
-    if not descriptor:
-        return weight
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(weight, [1, 16, 16])

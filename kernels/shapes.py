@@ -58,6 +58,16 @@ CORNERS = (
     Shape(name="odd gated", T=1001, D=1001, H=333, O=77, N=5, K=5, activation="relu", gated=True),
 )
 
+# What `make gpu` checks every tile at. The gated one has small experts, so that float64 copies of it fit a GPU several
+# times: tests run side by side.
+CHECKED = (
+    SHAPES[0],
+    SHAPES[1],
+    Shape(name="small experts", T=2304, D=512, H=256, O=512, N=64, K=8, activation="silu", gated=True),
+    Shape(name="no multiple of 16", T=1000, D=1000, H=1100, O=1000, N=6, K=3),
+    Shape(name="decoding", T=7, D=1024, H=4096, O=1024, N=8, K=2),
+)
+
 
 def layer_launches(shape: Shape, architecture: str, router: str = "smoe", dtype=torch.bfloat16) -> list[Launch]:
     """The launches of one training step of a layer on an architecture, in order. Nothing runs; no GPU is needed."""

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dispatch import BlockSums, LossValues, Permuted, Routed
 from .primitives import INTERPRETED
-from .run import Launch, observing
+from .run import Launch, cdiv, observing
 from .shapes import SHAPES, Shape, layer_launches, run_layer
 
 TOLERANCE = 0.05
@@ -114,10 +114,6 @@ def flops(launch: Launch, rows: int) -> int:
 def requested(launch: Launch, meta: dict[str, int], loads: list[int]) -> Traffic:
     """Bytes loaded and stored, tile re-reads included. meta: the tile; loads: rows per expert."""
     return FORMULAS[launch.name](launch, meta, loads)
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _gemm(

@@ -14,8 +14,8 @@ from libmoe_fast.kernels.experts import experts_backward as run_experts_backward
 from libmoe_fast.spec import decode_spec, routed_shapes
 
 
-@torch.library.custom_op("libmoe_fast::triton_dispatch", mutates_args=())
-def dispatch_op(
+@fused.define
+def triton_dispatch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -44,8 +44,8 @@ def dispatch_op(
     return [fused.virtual_rows(x, decode_spec(spec).top_k), *there, *permuted, *values]
 
 
-@torch.library.custom_op("libmoe_fast::triton_dispatch_backward", mutates_args=())
-def dispatch_backward_op(
+@fused.define
+def triton_dispatch_backward(
     drows: Tensor | None,
     dweights: Tensor,
     dlosses: Tensor | None,
@@ -84,14 +84,14 @@ def dispatch_backward_op(
     return [g for g in grads if g is not None]
 
 
-@torch.library.custom_op("libmoe_fast::triton_permute", mutates_args=())
-def permute_op(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+@fused.define
+def triton_permute(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """order, inverse, offsets of choices that another router made. T > 0."""
     return tuple(kernels.permute(index, num_experts))
 
 
-@torch.library.custom_op("libmoe_fast::triton_experts", mutates_args=())
-def experts_op(
+@fused.define
+def triton_experts(
     x: Tensor,
     rows: Tensor | None,
     weights: Tensor,
@@ -112,8 +112,8 @@ def experts_op(
     return y, x.new_empty(0, w1.shape[1]) if z is None else z
 
 
-@torch.library.custom_op("libmoe_fast::triton_experts_backward", mutates_args=())
-def experts_backward_op(
+@fused.define
+def triton_experts_backward(
     dy: Tensor,
     x: Tensor,
     weights: Tensor,
@@ -139,11 +139,11 @@ def experts_backward_op(
 
 
 OPS = fused.FusedOps(
-    dispatch=dispatch_op,
-    dispatch_backward=dispatch_backward_op,
-    experts=experts_op,
-    experts_backward=experts_backward_op,
-    permute=permute_op,
+    dispatch=triton_dispatch,
+    dispatch_backward=triton_dispatch_backward,
+    experts=triton_experts,
+    experts_backward=triton_experts_backward,
+    permute=triton_permute,
 )
 fused.register("triton", OPS)
 torch.library.register_fake("libmoe_fast::triton_permute", fused.permute_fake)

@@ -33,7 +33,7 @@ def script(name: str, code: str, seconds: int = 60) -> Step:
 
 @pytest.fixture
 def place(tmp_path):
-    return Place(out=tmp_path / "out", dry=True, workers=1)
+    return Place(out=tmp_path / "out", cache=tmp_path / "cache", dry=True, workers=1)
 
 
 def test_a_failing_test_is_named_and_the_rest_goes_on(place, tmp_path):

@@ -1,11 +1,16 @@
 """How a kernel is launched, as far as that can be seen without launching one: device, tile, precision."""
 
 import contextlib
+import functools
+import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+import triton.language as tl
 
 from libmoe_fast import ConfigError
 from libmoe_fast.kernels import experts, run
@@ -28,23 +33,120 @@ def two_gpus(monkeypatch):
         current[0] = before
 
     monkeypatch.setattr(run, "INTERPRETED", False)
+    monkeypatch.setattr(run, "_prepared", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     return lambda: current[0]
 
 
+class Kernel:
+    """A kernel that Triton would compile on its first launch; writes down how each launch was made."""
+
+    def __init__(self, function, where):
+        self.fn, self.arg_names, self.where = function, list(inspect.signature(function).parameters), where
+        self.compiled, self.again = [], []
+
+    def __getitem__(self, grid):
+        def launch(**args):
+            self.compiled.append((self.where(), grid, args))
+            return Compiled(self)
+
+        return launch
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *values: self.kernel.again.append((self.kernel.where(), grid, values))
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_kernel_is_launched_where_its_tensors_are(index, two_gpus):
     """device_map="auto" puts layers on GPUs that are not the current one; Triton launches on the current one."""
-    launched_on = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda **args: launched_on.append(two_gpus())
-
-    run.run(Kernel(), (1,), device=torch.device("cuda", index))
-    assert launched_on == [index]
+    kernel = Kernel(lambda: None, two_gpus)
+    for _ in range(2):
+        run.run(kernel, (1,), device=torch.device("cuda", index))
+    assert [where for where, *_ in kernel.compiled] == [index]
+    assert kernel.again == [(index, (1, 1, 1), ())]
     assert two_gpus() == 0
+
+
+def some_kernel(x_ptr, y_ptr, T, scale, N: tl.constexpr): ...
+
+
+ALIGNED = torch.empty(100)
+SAME = {"x_ptr": ALIGNED, "y_ptr": None, "T": 48, "scale": 0.5, "N": 4, "num_warps": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        pytest.param({}, True, id="same"),
+        pytest.param({"T": 64}, True, id="other multiple of 16"),
+        pytest.param({"scale": 0.25}, True, id="other number"),
+        pytest.param({"x_ptr": torch.empty(7)}, True, id="other tensor"),
+        pytest.param({"T": 49}, False, id="no multiple of 16"),
+        pytest.param({"T": 1}, False, id="one, a constant to Triton"),
+        pytest.param({"T": 2**31}, False, id="beyond 32 bits"),
+        pytest.param({"N": 5}, False, id="constant"),
+        pytest.param({"num_warps": 8}, False, id="compiler option"),
+        pytest.param({"y_ptr": ALIGNED}, False, id="tensor for None"),
+        pytest.param({"x_ptr": ALIGNED.half()}, False, id="dtype"),
+        pytest.param({"x_ptr": ALIGNED[1:]}, False, id="unaligned"),
+    ],
+)
+def test_a_launch_is_made_again_only_where_triton_would_compile_the_same(change, again, two_gpus):
+    kernel = Kernel(some_kernel, two_gpus)
+    launch = functools.partial(run.run, kernel, (3, 2), device=torch.device("cuda", 0))
+    launch(**SAME)
+    launch(**SAME | change)
+    assert len(kernel.compiled) == (1 if again else 2)
+    if again:
+        ((_, grid, values),) = kernel.again
+        assert grid == (3, 2, 1)
+        assert all(value is (SAME | change)[name] for name, value in zip(kernel.arg_names, values, strict=True))
+
+
+def some_gemm(x_ptr, w2, H, DESCRIPTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr): ...
+
+
+@pytest.mark.parametrize("descriptor", [True, False])
+def test_a_gemm_is_made_again_with_its_tile_and_the_weight_of_now(descriptor, two_gpus, monkeypatch):
+    kernel = Kernel(some_gemm, two_gpus)
+    kernel.best_config = SimpleNamespace(kwargs={"BM": 128, "BN": 64, "BK": 32})
+    monkeypatch.setattr(run, "_tuned", lambda *_: kernel)
+    monkeypatch.setattr(run, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(run.Launch, "tiles", lambda *_: ())
+    first, second = torch.empty(4, 256, 128), torch.empty(4, 256, 128)
+    for weight in (first, second):
+        args = {"x_ptr": ALIGNED, "w2": weight, "H": 128, "DESCRIPTOR": descriptor}
+        run.run(kernel, lambda meta: (meta["BM"],), "down", device=torch.device("cuda", 0), **args)
+    ((_, grid, (x, weight, *others)),) = kernel.again
+    assert grid == (128, 1, 1)
+    assert x is ALIGNED
+    assert others == [128, descriptor, 128, 64, 32]
+    if descriptor:
+        assert weight.base is second
+        assert weight.block_shape == [1, 64, 32]
+        assert list(weight.strides) == [256 * 128, 128, 1]
+    else:
+        assert weight is second
+
+
+def test_other_sizes_of_a_gemm_are_tuned_anew(two_gpus):
+    """Its integers are the tuner's keys, though 16 divides both."""
+    keys = {run.launch_key(Kernel(some_gemm, two_gpus), "down", ALIGNED.device, {"H": H}) for H in (128, 256)}
+    assert len(keys) == 2
+
+
+def test_launches_that_never_come_back_are_forgotten(two_gpus, monkeypatch):
+    monkeypatch.setattr(run, "MOST_PREPARED", 3)
+    kernel = Kernel(some_kernel, two_gpus)
+    for N in range(10):
+        run.run(kernel, (1,), device=torch.device("cuda", 0), **SAME | {"N": N})
+        assert len(run._prepared) <= 3
 
 
 @pytest.fixture

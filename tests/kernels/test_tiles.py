@@ -14,26 +14,19 @@ from kernel_checks import DEVICE, ExpertCase, expert_data, load_kernels, run_exp
 
 from libmoe_fast.kernels.experts import FP32_VARIABLE
 from libmoe_fast.kernels.run import choosing
+from libmoe_fast.kernels.shapes import CHECKED, Shape
 
 KERNELS = load_kernels()
 REPEATS = 20 if DEVICE == "cuda" else 1  # a race shows now and then
 
-# The gated one has small experts, so that float64 copies of it fit a GPU several times: tests run side by side.
-GPU_SIZES = {
-    "CLIP-L": {"T": 2308, "D": 1024, "H": 4096, "O": 1024, "N": 4, "K": 2},
-    "SigLIP": {"T": 1024, "D": 1152, "H": 4304, "O": 1152, "N": 4, "K": 2},
-    "fine-grained": {"T": 2304, "D": 512, "H": 256, "O": 512, "N": 64, "K": 8, "gated": True, "activation": "silu"},
-    "odd": {"T": 1000, "D": 1000, "H": 1100, "O": 1000, "N": 6, "K": 3},
-    "decoding": {"T": 7, "D": 1024, "H": 4096, "O": 1024, "N": 8, "K": 2, "load": "some idle"},
-}
-TINY_SIZES = {
-    "CLIP-L": {"T": 40, "D": 32, "H": 128, "O": 32, "N": 4, "K": 2},
-    "SigLIP": {"T": 20, "D": 36, "H": 269, "O": 36, "N": 4, "K": 2},
-    "fine-grained": {"T": 30, "D": 16, "H": 24, "O": 16, "N": 16, "K": 4, "gated": True, "activation": "silu"},
-    "odd": {"T": 21, "D": 25, "H": 41, "O": 25, "N": 6, "K": 3},
-    "decoding": {"T": 3, "D": 32, "H": 128, "O": 32, "N": 8, "K": 2, "load": "some idle"},
-}
-SIZES = GPU_SIZES if DEVICE == "cuda" else TINY_SIZES
+TINY = (
+    Shape(name="CLIP-L", T=40, D=32, H=128, O=32, N=4, K=2, activation="quick_gelu"),
+    Shape(name="SigLIP", T=20, D=36, H=269, O=36, N=4, K=2, activation="gelu_pytorch_tanh"),
+    Shape(name="small experts", T=30, D=16, H=24, O=16, N=16, K=4, activation="silu", gated=True),
+    Shape(name="no multiple of 16", T=21, D=25, H=41, O=25, N=6, K=3),
+    Shape(name="decoding", T=3, D=32, H=128, O=32, N=8, K=2),
+)
+SIZES = {shape.name: shape for shape in (CHECKED if DEVICE == "cuda" else TINY)}
 OPERANDS = {
     "bfloat16": (torch.bfloat16, "ieee"),
     "float16": (torch.float16, "ieee"),
@@ -71,7 +64,9 @@ def test_every_tile(size, operands, poisoned_memory, monkeypatch):
     if DEVICE == "cpu" and operands in ("float32-tf32", "float32-tf32x3"):
         pytest.skip("the interpreter multiplies float32 as it is")
     monkeypatch.setenv(FP32_VARIABLE, precision)
-    assert not failures(ExpertCase(**SIZES[size], dtype=dtype), precision)
+    sizes = {name: getattr(SIZES[size], name) for name in ("T", "D", "H", "O", "N", "K", "activation", "gated")}
+    load = "some idle" if size == "decoding" else "random"
+    assert not failures(ExpertCase(**sizes, load=load, dtype=dtype), precision)
 
 
 def failures(case: ExpertCase, precision: str, run: Callable = run_experts) -> str:

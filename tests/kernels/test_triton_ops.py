@@ -45,17 +45,17 @@ ROUTING = [
 def test_dispatch(name, options, monkeypatch):
     """The rows have no values of their own; opcheck compares outputs, so here they are zeros."""
     monkeypatch.setattr(fused, "virtual_rows", lambda x, k: x.new_zeros(1).expand(x.shape[0] * k, x.shape[1]))
-    opcheck(triton_backend.dispatch_op, dispatch_arguments(name, options))
+    opcheck(triton_backend.triton_dispatch, dispatch_arguments(name, options))
 
 
 @pytest.mark.parametrize(("name", "options"), ROUTING)
 def test_dispatch_backward(name, options):
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in dispatch_arguments(name, options)]
     *tensors, temperature, spec, _sequences, _over, balance_coef, z_coef = arguments
-    _rows, *routed, _order, inverse, _offsets, _losses, _share, first_share = triton_backend.dispatch_op(*arguments)
+    _rows, *routed, _order, inverse, _offsets, _losses, _share, first_share = triton_backend.triton_dispatch(*arguments)
     grads = (normal(T * K, D), normal(T, K), normal(3))
     opcheck(
-        triton_backend.dispatch_backward_op,
+        triton_backend.triton_dispatch_backward,
         (*grads, *tensors, routed, inverse, first_share, temperature, spec, balance_coef, z_coef),
     )
 
@@ -68,7 +68,7 @@ def expert_arguments(*, bias: bool = True, through_rows: bool = True) -> list:
         x if through_rows else x.requires_grad_(),
         fused.virtual_rows(x, K).requires_grad_() if through_rows else None,
         torch.rand(T, K).to(DEVICE).requires_grad_(),
-        *triton_backend.permute_op(index, N),
+        *triton_backend.triton_permute(index, N),
         normal(N, H, D).requires_grad_(),
         normal(N, H).requires_grad_() if bias else None,
         normal(N, O, H).requires_grad_(),
@@ -82,20 +82,20 @@ def expert_arguments(*, bias: bool = True, through_rows: bool = True) -> list:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("through_rows", [True, False], ids=["rows", "no-rows"])
 def test_experts(bias, through_rows):
-    opcheck(triton_backend.experts_op, tuple(expert_arguments(bias=bias, through_rows=through_rows)))
+    opcheck(triton_backend.triton_experts, tuple(expert_arguments(bias=bias, through_rows=through_rows)))
 
 
 @pytest.mark.parametrize("sum_over_k", [True, False])
 @pytest.mark.parametrize("weight_grads", [True, False])
 def test_experts_backward(sum_over_k, weight_grads):
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in expert_arguments()]
-    _, z = triton_backend.experts_op(*arguments)
+    _, z = triton_backend.triton_experts(*arguments)
     x, _rows, *tensors, activation, gated, _ = arguments
     opcheck(
-        triton_backend.experts_backward_op,
+        triton_backend.triton_experts_backward,
         (normal(T, O), x, *tensors, z, activation, gated, sum_over_k, weight_grads),
     )
 
 
 def test_permute():
-    opcheck(triton_backend.permute_op, (torch.randint(N, (T, K), device=DEVICE), N))
+    opcheck(triton_backend.triton_permute, (torch.randint(N, (T, K), device=DEVICE), N))
