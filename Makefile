@@ -85,10 +85,10 @@ gate: install
 	$(BIN)/python -m libmoe_fast.kernels.aot $(GATE_ARGS)
 	$(BIN)/python -m libmoe_fast.kernels.traffic
 
-# Where nothing is installed: PYTHONPATH=. python -m libmoe_fast.kernels.device_check
 gpu-cache: install
 	$(BIN)/python -m libmoe_fast.kernels.cache $(CACHE_ARGS)
 
+# Where nothing is installed: PYTHONPATH=. python -m libmoe_fast.kernels.device_check
 gpu: install
 	$(BIN)/python -m libmoe_fast.kernels.device_check $(GPU_ARGS)
 

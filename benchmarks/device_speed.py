@@ -111,7 +111,8 @@ def product_sides(launch: Launch, shape: Shape) -> tuple[int, int, int]:
         "down": (rows, H, O),
         "dz": (rows, O, H),
         "dx": (rows, up_rows, D),
-        "weight_grad": (launch.args.get("M"), rows, launch.args.get("C")),
+        "dw1": (up_rows, rows, D),
+        "dw2": (O, rows, H),
     }[launch.gemm.removesuffix("_gated")]
 
 

@@ -5,7 +5,7 @@
 The launches that a layer makes are observed, not run, and each is compiled ahead of time with all its tiles. The table
 says what came out: registers, spilled bytes, shared memory, occupancy, tensor-core instructions and TMA loads. Exit
 code 1 on any spill, a GEMM without tensor-core instructions (on NVIDIA, float32 in full precision has none), shared
-memory over the chip's limit, a weight that is not read through TMA where architecture and rows allow it, or a buffer
+memory over the chip's limit, an operand that is not read through TMA where architecture and rows allow it, or a buffer
 that is overwritten while a product reads it (race.py).
 """
 
@@ -34,7 +34,7 @@ from .primitives import INTERPRETED
 from .race import races
 from .run import COMPILER_OPTIONS, Launch, fitted
 from .shapes import CORNERS, SHAPES, SPECS, Shape, layer_launches
-from .tiles import WEIGHTS
+from .tiles import DESCRIPTORS
 
 KIB = 1024
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -80,9 +80,9 @@ OPERANDS = {
     "tf32": (torch.float32, "tf32"),
     "tf32x3": (torch.float32, "tf32x3"),
 }
-# The short gate: each kernel's first tile, in the two dtypes and two shapes that differ most. It leaves out the other
+# The short gate: each kernel's first tile, in the two dtypes and three shapes that differ most. It leaves out the other
 # tiles, fp16 and tf32, SigLIP's sizes and the corners, which take longer than all the rest of CI.
-SHORT_OPERANDS, SHORT_SHAPES = ("bf16", "fp32"), ("CLIP-L", "fine-grained")
+SHORT_OPERANDS, SHORT_SHAPES = ("bf16", "fp32"), ("CLIP-L", "fine-grained", "no biases")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ def job(launch: Launch, sizes: dict, options: dict, **label: str) -> Job:
     return Job(
         kernel=launch.name,
         tensor_core=launch.gemm is not None and not full_precision(launch, label["arch"]),
-        descriptor=launch.gemm in WEIGHTS and launch.args["DESCRIPTOR"],
+        descriptor=launch.gemm in DESCRIPTORS and launch.args["DESCRIPTOR"],
         signature=signature,
         constants=constants,
         aligned=tuple(aligned),

@@ -75,7 +75,7 @@ def argument(job: Job, name: str, kind: str):
         dtype, _, block = kind.removeprefix("tensordesc<").rstrip(">").partition("[")
         shape = json.loads(f"[{block}")
         base = SimpleNamespace(dtype=TYPES[dtype], data_ptr=lambda: 0)
-        return TensorDescriptor(base, [1024] * len(shape), [1024**2, 1024, 1], shape)
+        return TensorDescriptor(base, [1024] * len(shape), [1024**i for i in reversed(range(len(shape)))], shape)
     return 0.5 if kind == "fp32" else 32 if name in job.aligned else 33
 
 

@@ -20,7 +20,7 @@ from .grouped_gemm import down_kernel, dx_kernel, dz_kernel, up_kernel
 from .primitives import INTERPRETED
 from .run import architecture, cdiv, descriptors_usable, next_power_of_2, processors, run, tile_columns
 from .tiles import PRECISIONS
-from .weight_grad import weight_grad_kernel
+from .weight_grad import DB_COLUMNS, weight_grad_kernel
 
 FP32_VARIABLE = "LIBMOE_FAST_FP32"
 
@@ -61,6 +61,7 @@ def experts(
         H=H,
         K=K,
         ACTIVATION=expert.activation,
+        FAST=fast_sigmoid(x),
         GATED=expert.gated,
         BIAS=expert.b1 is not None,
         STORE_Z=store_z,
@@ -153,14 +154,15 @@ def experts_backward(
         O=O,
         K=K,
         ACTIVATION=expert.activation,
+        FAST=fast_sigmoid(x),
         GATED=expert.gated,
         BIAS=expert.b2 is not None,
         **shared,
     )
     dw1 = db1 = dw2 = db2 = None
     if weight_grads:
-        dw2, db2 = weight_grad(dy, wa, weights, permuted, like=(expert.w2, expert.b2), gather="left")
-        dw1, db1 = weight_grad(dz, x, None, permuted, like=(expert.w1, expert.b1), gather="right", top_k=K)
+        dw2, db2 = weight_grad("dw2", dy, wa, weights, permuted, like=(expert.w2, expert.b2))
+        dw1, db1 = weight_grad("dw1", dz, x, None, permuted, like=(expert.w1, expert.b1), top_k=K)
     dxs, dweights = x.new_empty(rows, D), torch.empty_like(weights)
     run(
         dx_kernel,
@@ -182,33 +184,35 @@ def experts_backward(
 
 
 def weight_grad(
+    gemm: str,
     left: Tensor,
     right: Tensor,
     weights: Tensor | None,
     permuted: Permuted,
     *,
     like: tuple[Tensor, Tensor | None],
-    gather: str,
     top_k: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dw [N, M, C] = left^T right per expert, db [N, M] = sums of left, times `weights` [T, K] if given.
 
-    `gather` names the side whose rows are tokens ([T, ..]); the other's are sorted choices ([T*K, ..]).
+    The rows of the left in "dw2", of the right in "dw1", are tokens [T, ..]; the other's are sorted choices [T*K, ..].
     """
     dw, db = torch.empty_like(like[0]), None if like[1] is None else torch.empty_like(like[1])
     N, M, C = dw.shape
 
     def grid(meta: dict) -> tuple:
-        return (cdiv(M, meta["BM"]) * cdiv(C, meta["BN"]), N)
+        programs = 0 if db is None else cdiv(M, DB_COLUMNS.value)
+        return (programs + cdiv(M, meta["BM"]) * cdiv(C, meta["BN"]), N)
 
     run(
         weight_grad_kernel,
         grid,
-        "weight_grad",
+        gemm,
         device=left.device,
         itemsize=left.element_size(),
-        left_ptr=left,
-        right_ptr=right,
+        left=left,
+        right=right,
+        terms_ptr=left,
         weights_ptr=weights,
         order_ptr=permuted.order,
         offsets_ptr=permuted.offsets,
@@ -218,10 +222,11 @@ def weight_grad(
         C=C,
         rows_log2=rows_log2(permuted),
         K=top_k or weights.shape[1],
-        GATHER_LEFT=gather == "left",
-        GATHER_RIGHT=gather == "right",
+        GATHER_LEFT=gemm == "dw2",
+        GATHER_RIGHT=gemm == "dw1",
         WEIGH_BIAS=weights is not None,
         BIAS=db is not None,
+        DESCRIPTOR=descriptors_usable(left.device, left if gemm == "dw1" else right),
         PRECISION=precision(left),
     )
     return dw, db
@@ -237,6 +242,11 @@ def gemm_arguments(x: Tensor, permuted: Permuted, num_experts: int) -> dict:
         "NP": next_power_of_2(num_experts),
         "PRECISION": precision(x),
     }
+
+
+def fast_sigmoid(x: Tensor) -> bool:
+    """Whether activations may take NVIDIA's own approximation: where rounding to bfloat16 hides it."""
+    return x.dtype == torch.bfloat16 and architecture(x.device).startswith("sm")
 
 
 def rows_log2(permuted: Permuted) -> int:
@@ -257,8 +267,9 @@ def persistent(rows: int, num_experts: int, columns: int, device: torch.device):
 def precision(x: Tensor) -> str:
     """How float32 operands are multiplied (tiles.PRECISIONS): as LIBMOE_FAST_FP32 says, else as torch's own switch.
 
-    That switch, old (allow_tf32) or new, knows "ieee", its default, and "tf32". "tf32x3" has to be asked for: that its
-    error stays near cuBLAS's has been measured on no GPU. Raises ConfigError for another word in the variable.
+    That switch, old (allow_tf32) or new, knows "ieee", its default, and "tf32". "tf32x3" has to be asked for: on an
+    H200 its error stayed within twice cuBLAS's (tests/kernels/test_tiles.py), but how fast it is was not measured.
+    Raises ConfigError for another word in the variable.
     """
     if x.dtype != torch.float32 or INTERPRETED:
         return "ieee"

@@ -25,6 +25,9 @@ from .primitives import (
     swizzle,
 )
 
+# Columns of a tile that an epilogue takes at a time, so that registers suffice on sm90 under every Triton tried.
+UP_COLUMNS, DZ_COLUMNS = tl.constexpr(32), tl.constexpr(16)
+
 
 @triton.jit
 def product(
@@ -108,6 +111,29 @@ def two_products(
     return z, up
 
 
+@triton.jit
+def starting_at(bias_ptr, first, left, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """What a product is added to [BM, BN]: zero, or the bias from `first` on, for which nobody waits at the end.
+
+    left: as many of its columns are there.
+    """
+    start = tl.zeros((BM, BN), tl.float32)
+    if BIAS:
+        n = tl.arange(0, BN)
+        start += tl.load(bias_ptr + first + n, mask=n < left, other=0.0).to(tl.float32)[None, :]
+    return start
+
+
+@triton.jit
+def columns(tile, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr):
+    """[BM, BN] -> its columns, a tuple of [BM, BH]: free, as each thread has whole rows' columns of a product."""
+    if BN > BH:
+        left, right = halves(tile, BM, BN)
+        return columns(left, BM, BN // 2, BH) + columns(right, BM, BN // 2, BH)
+    else:
+        return (tile,)
+
+
 @gemm_jit
 def up_kernel(
     x_ptr,
@@ -124,6 +150,7 @@ def up_kernel(
     NP: tl.constexpr,
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
@@ -147,39 +174,32 @@ def up_kernel(
         tokens = tl.load(order_ptr + first + row, mask=live, other=0) // K  # int64 [BM]
         h0 = column_tile * BN
 
-        z = tl.zeros((BM, BN), tl.float32)
+        z = starting_at(b1_ptr, expert * H1 + h0, H - h0, BIAS, BM, BN)
         up = z
         if GATED:
+            up = starting_at(b1_ptr, expert * H1 + H + h0, H - h0, BIAS, BM, BN)
             z, up = two_products(z, up, x_ptr, tokens, live, w1, expert, h0, H, D, DESCRIPTOR, PRECISION, BN, BK)
         else:
             z = product(z, x_ptr, tokens, live, w1, expert, h0, D, H1, True, DESCRIPTOR, PRECISION, BN, BK)
-        up_pieces(
-            z, up, first, row, live, expert, h0,
-            b1_ptr, z_ptr, a_ptr, H, ACTIVATION, GATED, BIAS, STORE_Z, BM, BN,
-        )  # fmt: skip
-
-
-@triton.jit
-def up_pieces(
-    z, up, first, row, live, expert, h0,
-    b1_ptr, z_ptr, a_ptr, H, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, STORE_Z: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The epilogue, 32 columns at a time: with 64, sm90's widest tile spills under Triton 3.9."""
-    if BN > 32:
-        z_left, z_right = halves(z, BM, BN)
-        up_left, up_right = halves(up, BM, BN)
-        BH: tl.constexpr = BN // 2
-        up_pieces(
-            z_left, up_left, first, row, live, expert, h0,
-            b1_ptr, z_ptr, a_ptr, H, ACTIVATION, GATED, BIAS, STORE_Z, BM, BH,
-        )  # fmt: skip
-        up_pieces(
-            z_right, up_right, first, row, live, expert, h0 + BH,
-            b1_ptr, z_ptr, a_ptr, H, ACTIVATION, GATED, BIAS, STORE_Z, BM, BH,
-        )  # fmt: skip
-    else:
-        up_epilogue(z, up, first, row, live, expert, h0, b1_ptr, z_ptr, a_ptr, H, ACTIVATION, GATED, BIAS, STORE_Z, BN)
+        z_pieces, up_pieces = columns(z, BM, BN, UP_COLUMNS), columns(up, BM, BN, UP_COLUMNS)
+        for i in tl.static_range(BN // UP_COLUMNS):
+            h = h0 + i * UP_COLUMNS
+            up_epilogue(
+                z_pieces[i],
+                up_pieces[i],
+                first,
+                row,
+                live,
+                h,
+                z_ptr,
+                a_ptr,
+                H,
+                ACTIVATION,
+                FAST,
+                GATED,
+                STORE_Z,
+                UP_COLUMNS,
+            )
 
 
 @triton.jit
@@ -189,31 +209,25 @@ def up_epilogue(
     first,
     row,
     live,
-    expert,
     h0,
-    b1_ptr,
     z_ptr,
     a_ptr,
     H,
     ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
     GATED: tl.constexpr,
-    BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Bias, activation and stores of z (and up) [BM, BH], columns h0..h0+BH of the rows from `first`."""
+    """Activation and stores of z (and up) [BM, BH], columns h0..h0+BH of the rows from `first`."""
     H1 = H * 2 if GATED else H
     h = h0 + tl.arange(0, BH)
     mask = live[:, None] & (h[None, :] < H)
     at = row[:, None] * H1 + h[None, :]  # int32: inside the tile's rows
-    if BIAS:
-        z += tl.load(b1_ptr + expert * H1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
     if STORE_Z:
         tl.store(z_ptr + first * H1 + at, cast(z, z_ptr.dtype.element_ty), mask=mask)
-    a = activate(z, ACTIVATION)
+    a = activate(z, ACTIVATION, FAST)
     if GATED:
-        if BIAS:
-            up += tl.load(b1_ptr + expert * H1 + H + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
         if STORE_Z:
             tl.store(z_ptr + first * H1 + H + at, cast(up, z_ptr.dtype.element_ty), mask=mask)
         a = a * up
@@ -251,10 +265,8 @@ def down_kernel(
         live = first + row < stop
         o0 = column_tile * BN
         o = o0 + tl.arange(0, BN)
-        y = tl.zeros((BM, BN), tl.float32)
+        y = starting_at(b2_ptr, expert * O + o0, O - o0, BIAS, BM, BN)
         y = product(y, a_ptr + first * H, row, live, w2, expert, o0, H, O, True, DESCRIPTOR, PRECISION, BN, BK)
-        if BIAS:
-            y += tl.load(b2_ptr + expert * O + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
         mask = live[:, None] & (o[None, :] < O)
         tl.store(y_ptr + first * O + row[:, None] * O + o[None, :], cast(y, y_ptr.dtype.element_ty), mask=mask)
 
@@ -278,6 +290,7 @@ def dz_kernel(
     NP: tl.constexpr,
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -293,6 +306,9 @@ def dz_kernel(
     No forward GEMM runs again: <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>. dw_parts [T*K, column tiles] are added up, in
     order, by dx_kernel.
     """
+    # As many pieces of z as there are registers for.
+    SIZE: tl.constexpr = z_ptr.dtype.element_ty.primitive_bitwidth // 16
+    AHEAD: tl.constexpr = min(BN // DZ_COLUMNS, (4 if GATED else 8) // SIZE)
     row_tiles = count_row_tiles(offsets_ptr, N, NP, BM)
     column_tiles = tl.cdiv(H, BN)
     for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
@@ -305,9 +321,22 @@ def dz_kernel(
         w = tl.load(weights_ptr + choice, mask=live, other=0.0)  # [BM]
         h0 = column_tile * BN
 
+        # z is on its way while the product runs: else every piece of the epilogue would wait for memory.
+        ahead = ()
+        for i in tl.static_range(AHEAD):
+            ahead += (z_columns(z_ptr, first, row, live, h0 + i * DZ_COLUMNS, H, GATED, DZ_COLUMNS),)
         g = tl.zeros((BM, BN), tl.float32)
         g = product(g, dy_ptr, tokens, live, w2, expert, h0, O, H, False, DESCRIPTOR, PRECISION, BN, BK)
-        dw = dz_pieces(g, first, row, live, w, h0, z_ptr, dz_ptr, wa_ptr, H, ACTIVATION, GATED, BM, BN)
+        pieces = columns(g, BM, BN, DZ_COLUMNS)
+        dw = tl.zeros((BM,), tl.float32)
+        for i in tl.static_range(BN // DZ_COLUMNS):
+            h = h0 + i * DZ_COLUMNS
+            if i + AHEAD < BN // DZ_COLUMNS:
+                ahead += (z_columns(z_ptr, first, row, live, h + AHEAD * DZ_COLUMNS, H, GATED, DZ_COLUMNS),)
+            z, up = ahead[i]
+            dw += dz_epilogue(
+                pieces[i], z, up, first, row, live, w, h, dz_ptr, wa_ptr, H, ACTIVATION, FAST, GATED, DZ_COLUMNS
+            )
         if BIAS:
             if column_tile == 0:
                 dw += rows_dot(dy_ptr, tokens, live, b2_ptr + expert * O, O, BM, BK)
@@ -315,34 +344,34 @@ def dz_kernel(
 
 
 @triton.jit
-def dz_pieces(
-    g, first, row, live, w, h0,
-    z_ptr, dz_ptr, wa_ptr, H, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The epilogue, 16 columns at a time: with 32, sm90's tiles spill under Triton 3.9."""
-    if BN > 16:
-        left, right = halves(g, BM, BN)
-        BH: tl.constexpr = BN // 2
-        dw = dz_pieces(left, first, row, live, w, h0, z_ptr, dz_ptr, wa_ptr, H, ACTIVATION, GATED, BM, BH)
-        dw += dz_pieces(right, first, row, live, w, h0 + BH, z_ptr, dz_ptr, wa_ptr, H, ACTIVATION, GATED, BM, BH)
-        return dw
-    else:
-        return dz_epilogue(g, first, row, live, w, h0, z_ptr, dz_ptr, wa_ptr, H, ACTIVATION, GATED, BN)
+def z_columns(z_ptr, first, row, live, h0, H, GATED: tl.constexpr, BH: tl.constexpr):
+    """z (and up) [BM, BH] as they were stored, columns h0..h0+BH of the rows from `first`."""
+    H1 = H * 2 if GATED else H
+    h = h0 + tl.arange(0, BH)
+    at = z_ptr + first * H1 + row[:, None] * H1 + h[None, :]
+    mask = live[:, None] & (h[None, :] < H)
+    z = tl.load(at, mask=mask, other=0.0)
+    up = z
+    if GATED:
+        up = tl.load(at + H, mask=mask, other=0.0)
+    return z, up
 
 
 @triton.jit
 def dz_epilogue(
     g,
+    z,
+    up,
     first,
     row,
     live,
     w,
     h0,
-    z_ptr,
     dz_ptr,
     wa_ptr,
     H,
     ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
     GATED: tl.constexpr,
     BH: tl.constexpr,
 ):
@@ -351,14 +380,13 @@ def dz_epilogue(
     h = h0 + tl.arange(0, BH)
     mask = live[:, None] & (h[None, :] < H)
     at = row[:, None] * H1 + h[None, :]  # int32: inside the tile's rows
-    z_tile = z_ptr + first * H1
     dz_tile = dz_ptr + first * H1
-    z = tl.load(z_tile + at, mask=mask, other=0.0).to(tl.float32)
+    z = z.to(tl.float32)
     g = tl.where(mask, g, 0.0)
-    a = activate(z, ACTIVATION)
-    dz = w[:, None] * g * activation_slope(z, ACTIVATION)
+    a = activate(z, ACTIVATION, FAST)
+    dz = w[:, None] * g * activation_slope(z, ACTIVATION, FAST)
     if GATED:
-        up = tl.load(z_tile + H + at, mask=mask, other=0.0).to(tl.float32)
+        up = up.to(tl.float32)
         tl.store(dz_tile + H + at, cast(w[:, None] * g * a, dz_ptr.dtype.element_ty), mask=mask)
         dz = dz * up
         a = a * up

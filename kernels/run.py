@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from .primitives import INTERPRETED
-from .tiles import DESCRIPTOR_ARCHITECTURES, TUNING_KEYS, WEIGHTS, Tile, candidates
+from .tiles import DESCRIPTOR_ARCHITECTURES, DESCRIPTORS, TUNING_KEYS, Tile, candidates
 
 # Said at every compilation: what Triton does by default changes between 3.8 and 3.10.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
@@ -218,22 +218,23 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 def _tuned(kernel: Any, gemm: str, tiles: tuple[Tile, ...]):
     """The kernel behind triton's autotuner; its choice is cached on disk, per key, by triton."""
     configs = [triton.Config(tile.sizes, **tile.options) for tile in tiles]
-    if gemm in WEIGHTS:
+    if gemm in DESCRIPTORS:
         # A heuristic, not a pre_hook of each config: with those, triton gives up its cache on disk.
-        argument, _ = WEIGHTS[gemm]
+        argument, _ = DESCRIPTORS[gemm]
         kernel = triton.heuristics({argument: lambda args: fitted(args, gemm).get(argument, args[argument])})(kernel)
     return triton.autotune(configs=configs, key=TUNING_KEYS[gemm], cache_results=True)(kernel)
 
 
 def fitted(args: dict, gemm: str) -> dict:
-    """A GEMM's weight, if it is read through a descriptor: that, of the block which the tile reads."""
-    if gemm not in WEIGHTS or not args["DESCRIPTOR"]:
+    """A GEMM's operand that is read through a descriptor, where one is: that, of the block which the tile reads."""
+    if gemm not in DESCRIPTORS or not args["DESCRIPTOR"]:
         return {}
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    argument, sides = WEIGHTS[gemm]
-    weight = args[argument]
-    return {argument: TensorDescriptor(weight, weight.shape, weight.stride(), [1, *(args[side] for side in sides)])}
+    argument, sides = DESCRIPTORS[gemm]
+    operand = args[argument]
+    block = [1] * (operand.ndim - 2) + [args[side] for side in sides]
+    return {argument: TensorDescriptor(operand, operand.shape, operand.stride(), block)}
 
 
 def architecture(device: torch.device) -> str:
@@ -268,10 +269,10 @@ def tile_columns(gemm: str, weight: Tensor, precision: str) -> int:
     return found[0].BN
 
 
-def descriptors_usable(device: torch.device, *weights: Tensor) -> bool:
-    """Whether weights [N, rows, columns] can be read through TMA: rows start at multiples of 16 bytes."""
+def descriptors_usable(device: torch.device, *operands: Tensor) -> bool:
+    """Whether contiguous operands can be read through TMA: their rows start at multiples of 16 bytes."""
     if architecture(device) not in DESCRIPTOR_ARCHITECTURES:
         return False
     return all(
-        w.shape[2] * w.element_size() % 16 == 0 and w.storage_offset() * w.element_size() % 16 == 0 for w in weights
+        w.shape[-1] * w.element_size() % 16 == 0 and w.storage_offset() * w.element_size() % 16 == 0 for w in operands
     )

@@ -34,6 +34,7 @@ class Shape:
     S: int = 1
     activation: str = "gelu"
     gated: bool = False
+    bias: bool = True
 
     @property
     def rows(self) -> int:
@@ -50,11 +51,12 @@ SHAPES = (
     Shape(name="fine-grained", T=2304, D=2048, H=1024, O=2048, N=64, K=8, activation="silu", gated=True),
 )
 
-# Beside these, for what is compiled differently: one token, many experts, rows of odd length.
+# Beside these, for what is compiled differently: one token, many experts, rows of odd length, no biases.
 CORNERS = (
     Shape(name="one token", T=1, D=1024, H=4096, O=1024, N=4, K=2),
     Shape(name="N=256", T=16384, D=2048, H=512, O=2048, N=256, K=8, S=4, activation="silu", gated=True),
     Shape(name="odd", T=1000, D=1000, H=4100, O=1000, N=6, K=3),
+    Shape(name="no biases", T=2304, D=512, H=256, O=512, N=64, K=8, activation="silu", gated=True, bias=False),
     Shape(name="odd gated", T=1001, D=1001, H=333, O=77, N=5, K=5, activation="relu", gated=True),
 )
 
@@ -63,7 +65,7 @@ CORNERS = (
 CHECKED = (
     SHAPES[0],
     SHAPES[1],
-    Shape(name="small experts", T=2304, D=512, H=256, O=512, N=64, K=8, activation="silu", gated=True),
+    Shape(name="small experts", T=2304, D=512, H=256, O=512, N=64, K=8, activation="silu", gated=True, bias=False),
     Shape(name="no multiple of 16", T=1000, D=1000, H=1100, O=1000, N=6, K=3),
     Shape(name="decoding", T=7, D=1024, H=4096, O=1024, N=8, K=2),
 )
@@ -86,7 +88,8 @@ def run_layer(shape: Shape, router: str, dtype: torch.dtype, device: torch.devic
 
     spec = RouterSpec(num_experts=N, top_k=shape.K, **SPECS[router])
     inputs = routing.RouterInputs(tensor(T, D), tensor(N, D), tensor(N) if spec.bias != "none" else None)
-    w1, b1, w2, b2 = tensor(N, shape.up_rows, D), tensor(N, shape.up_rows), tensor(N, O, H), tensor(N, O)
+    w1, w2 = tensor(N, shape.up_rows, D), tensor(N, O, H)
+    b1, b2 = (tensor(N, shape.up_rows), tensor(N, O)) if shape.bias else (None, None)
     expert = layer.ExpertWeights(w1, b1, w2, b2, shape.activation, shape.gated)
     coefficients = {"balance_coef": 0.01, "z_coef": 0.001}
     routed, permuted, values = routing.dispatch(

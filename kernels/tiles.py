@@ -1,7 +1,7 @@
 """Tile sizes: one small table per architecture and kind of operand. The compile gate (aot.py) checks every row of it.
 
     16-bit    bfloat16, float16
-    tf32      float32 rounded to 10 bits on tensor cores, where the user allowed it
+    tf32      float32 cut to 10 bits on tensor cores, where the user allowed it
     tf32x3    float32 as three such products, which keep nearly all of its bits; on request
     ieee      float32 as it is: no tensor cores on NVIDIA, so small tiles, whose operands all lie in registers
 """
@@ -14,7 +14,7 @@ PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32 operands, by falling accur
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """BM rows (tokens, or weight rows in weight_grad) x BN columns, BK deep; GROUP row tiles share the L2.
+    """BM rows (tokens, or weight rows in dw1 and dw2) x BN columns, BK deep; GROUP row tiles share the L2.
 
     programs: of a persistent kernel, per multiprocessor; with two, one's epilogue runs beside the other's products.
     experts: for at most so many; with more, the search for a tile's expert takes registers that it needs itself.
@@ -45,10 +45,11 @@ class Tile:
         return f"{self.BM}x{self.BN}x{self.BK} w{self.warps} s{self.stages}{twice}"
 
 
-GEMMS = ("up", "up_gated", "down", "dz", "dz_gated", "dx", "weight_grad")
+GEMMS = ("up", "up_gated", "down", "dz", "dz_gated", "dx", "dw1", "dw2")
 
 # Candidates, best guess first. All dz candidates of a row share BN: the parts of dw are laid out by it.
 _WIDE = Tile(BM=128, BN=256, BK=64, stages=3)
+_TALL = Tile(BM=256, BN=128, BK=64, stages=3)
 _SQUARE = Tile(BM=128, BN=128, BK=64, stages=3)
 _SMALL = Tile(BM=64, BN=128, BK=64, warps=4, stages=3)
 _NARROW = Tile(BM=128, BN=64, BK=64, stages=3)
@@ -67,14 +68,18 @@ TILES: dict[str, dict[str, Row]] = {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
             "up_gated": (_NARROW,),
-            "weight_grad": (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=64, BN=128, BK=32, warps=4, stages=4)),
+            **dict.fromkeys(
+                ("dw1", "dw2"),
+                (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=64, BN=128, BK=32, warps=4, stages=4)),
+            ),
         },
         "tf32": {
             **dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
             "up_gated": (_NARROW_32,),
             "dz": (_SQUARE_32,),
             "dz_gated": (_NARROW_32,),
-            "weight_grad": (_SQUARE_32,),
+            "dw1": (_SQUARE_32,),
+            "dw2": (_SQUARE_32,),
         },
         "tf32x3": {**_TF32X3, "up_gated": (Tile(BM=64, BN=64, BK=16, stages=2),)},
         "ieee": _IEEE,
@@ -82,12 +87,14 @@ TILES: dict[str, dict[str, Row]] = {
     # A gated up holds two accumulators at once, dz an epilogue's worth of registers: no wide tiles for them.
     "sm90": {
         "16-bit": {
-            **dict.fromkeys(GEMMS, (_WIDE, _SQUARE, _SMALL, _SMALL_TWICE)),
-            "up_gated": (_SQUARE, _SMALL, _SMALL_TWICE),
-            "dz": (_SQUARE, _SMALL, _SMALL_TWICE),
-            "dz_gated": (_SQUARE, _SMALL, _SMALL_TWICE),
-            "dx": (replace(_WIDE, experts=128), _SQUARE, _SMALL, _SMALL_TWICE),
-            "weight_grad": (replace(_WIDE, stages=5), _WIDE, _SQUARE),  # five: three buffers, rows two steps ahead
+            **dict.fromkeys(GEMMS, (_WIDE, _SQUARE, _SMALL_TWICE)),
+            "up_gated": (_SQUARE, _SMALL_TWICE),
+            "dz": (replace(_SMALL_TWICE, stages=4), replace(_SQUARE, stages=4)),
+            "dz_gated": (_SMALL_TWICE, _SQUARE),
+            "dx": (replace(_WIDE, experts=128), _SQUARE, _SMALL_TWICE),
+            # Five stages are three buffers of operands, and the rows two steps ahead.
+            "dw1": (replace(_TALL, stages=5), _SQUARE),
+            "dw2": (replace(_WIDE, stages=5), _SQUARE),
         },
         "tf32": {**dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)), "dz_gated": (_NARROW_32,)},
         "tf32x3": _TF32X3,
@@ -100,7 +107,8 @@ TILES: dict[str, dict[str, Row]] = {
             "up_gated": (_SQUARE,),
             "dz_gated": (_NARROW,),
             "dx": (_WIDE, _SQUARE, _SMALL),
-            "weight_grad": (_WIDE, _SQUARE),
+            "dw1": (_WIDE, _SQUARE),
+            "dw2": (_WIDE, _SQUARE),
         },
         "tf32": {
             **dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
@@ -153,14 +161,16 @@ def candidates(
     return tuple(t for t in TILES[architecture][kind][gemm] if t.experts is None or experts <= t.experts)
 
 
-# The weight that a kernel may read through a descriptor, and the sides of the block it reads: A W^T, or A W.
-WEIGHTS = {
+# The operand that a kernel may read through a descriptor, and the sides of the block it reads.
+DESCRIPTORS = {
     "up": ("w1", ("BN", "BK")),
     "up_gated": ("w1", ("BN", "BK")),
     "down": ("w2", ("BN", "BK")),
     "dz": ("w2", ("BK", "BN")),
     "dz_gated": ("w2", ("BK", "BN")),
     "dx": ("w1", ("BK", "BN")),
+    "dw1": ("left", ("BK", "BM")),
+    "dw2": ("right", ("BK", "BN")),
 }
 
 # What a tuned choice depends on: the arguments of the kernel that fix its work per row, and about how many rows it has.
@@ -171,5 +181,6 @@ TUNING_KEYS = {
     "dz": ["H", "O", "N", "K", "rows_log2"],
     "dz_gated": ["H", "O", "N", "K", "rows_log2"],
     "dx": ["D", "H1", "N", "rows_log2"],
-    "weight_grad": ["M", "C", "rows_log2"],
+    "dw1": ["M", "C", "rows_log2"],
+    "dw2": ["M", "C", "rows_log2"],
 }

@@ -26,6 +26,7 @@ from .dispatch import BlockSums, LossValues, Permuted, Routed
 from .primitives import INTERPRETED
 from .run import Launch, cdiv, observing
 from .shapes import SHAPES, Shape, layer_launches, run_layer
+from .weight_grad import DB_COLUMNS
 
 TOLERANCE = 0.05
 
@@ -155,8 +156,8 @@ def _weight_grad(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
     a, rows, size = launch.args, sum(loads), launch.itemsize
     m_tiles, c_tiles = cdiv(a["M"], meta["BM"]), cdiv(a["C"], meta["BN"])
     operands = rows * (a["M"] * c_tiles + a["C"] * m_tiles) * size
-    bias = rows * a["M"] * size if a["BIAS"] else 0  # left once more, by the first column of tiles
-    weights = 4 * rows * m_tiles if a["WEIGH_BIAS"] and a["BIAS"] else 0
+    bias = rows * a["M"] * size if a["BIAS"] else 0  # left once more, by programs of its own
+    weights = (8 + 4) * rows * cdiv(a["M"], DB_COLUMNS.value) if a["WEIGH_BIAS"] and a["BIAS"] else 0
     grads = len(loads) * a["M"] * (a["C"] + (1 if a["BIAS"] else 0)) * size
     return Traffic(loads=operands + bias + 8 * rows * m_tiles * c_tiles + weights, stores=grads)
 

@@ -4,6 +4,9 @@ A folder holds `config.json` (the dense model's), `libmoe_fast.json` (layout, ve
 MoE layer) and `libmoe_fast.safetensors`. The weights are not called model.safetensors on purpose: a stock
 `from_pretrained` would load that, silently drop the experts, and go on with random MLPs. A model without MoE layers is
 saved the stock way.
+
+What transformers' own `save_pretrained` wrote of a swapped model, as its Trainer does, is read as well: there the
+recipe is in config.json.
 """
 
 import contextlib
@@ -24,13 +27,12 @@ from libmoe_fast.compatibility import installed_version
 from libmoe_fast.errors import CheckpointError, in_one_line
 from libmoe_fast.files import sync, sync_tree
 from libmoe_fast.layer import MoE
-from libmoe_fast.upcycle import install, moe_layers
+from libmoe_fast.upcycle import LAYOUT, RECIPE_KEY, VERSION, install, moe_layers, recipe
 
-LAYOUT = "libmoe_fast.stacked"  # experts.w1 [N, H, D], experts.w2 [N, O, H]
-VERSION = 1
 RECIPE_FILE = "libmoe_fast.json"
 WEIGHTS_FILE = "libmoe_fast.safetensors"
 FORMAT = "libmoe_fast_format"  # key of a model's config.json: how its training showed it chats and images
+ALIGNMENT = 64  # bytes, as torch allocates; tensors in a safetensors file have none: slower, and rounded otherwise
 DEFAULT_FORMAT = {"chat_template": "phi3", "image_aspect": "pad"}
 
 
@@ -67,13 +69,7 @@ def _save_swapped(model: nn.Module, folder: Path, layers: dict[str, MoE], state_
     for part in ("config", "generation_config"):
         if hasattr(getattr(model, part, None), "save_pretrained"):
             getattr(model, part).save_pretrained(folder)
-    recipe = {
-        "layout": LAYOUT,
-        "version": VERSION,
-        "transformers": installed_version("transformers"),
-        "layers": {name: layer.config() for name, layer in layers.items()},
-    }
-    (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=1))
+    (folder / RECIPE_FILE).write_text(json.dumps(recipe(layers), indent=1))
     save_file(_unshared(state_dict), folder / WEIGHTS_FILE, metadata={"layout": LAYOUT, "version": str(VERSION)})
 
 
@@ -91,6 +87,8 @@ def _unshared(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, backend: str | None = None) -> nn.Module:
     """Builds the Hugging Face model saved in `folder`, dense or swapped, and loads it strictly, in evaluation mode.
 
+    `folder` was written by save_model, or by save_pretrained: a checkpoint of transformers' Trainer.
+
     dtype: of the weights; None keeps the stored one. backend: of the MoE layers, see ops.
     Raises CheckpointError when the folder is no checkpoint, is truncated, or does not fit the model.
     """
@@ -105,7 +103,10 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json is not a model configuration: {in_one_line(error)}") from error
     if not (folder / RECIPE_FILE).exists():
-        return _load_dense(cls, folder, dtype)
+        if (found := getattr(config, RECIPE_KEY, None)) is not None:
+            layers = check_recipe(found, folder / "config.json")["layers"]
+            return _load_stock(_swapped(cls, layers, backend), folder, dtype)
+        return _load_stock(cls, folder, dtype)
 
     with _empty_weights():
         model = cls(config)
@@ -164,7 +165,7 @@ def load_weights(
 
 
 def _read_weights(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Each tensor in memory of its own: as stored they are not aligned, which costs speed and changes roundings."""
+    """Each tensor in memory of its own; see ALIGNMENT."""
     with safe_open(path, "pt") as file:
         tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a dict)
         return {
@@ -177,23 +178,40 @@ def read_recipe(folder: Path) -> dict:
     """The layout, version and layers of a checkpoint; CheckpointError for any that this version cannot read."""
     path = folder / RECIPE_FILE
     try:
-        recipe = json.loads(path.read_text())
-        layout, version = recipe["layout"], recipe["version"]
-        recipe["layers"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error!r}); copy the checkpoint again") from error
+    return check_recipe(found, path)
+
+
+def check_recipe(found: dict, path: Path) -> dict:
+    try:
+        layout, version = found["layout"], found["version"]
+        found["layers"].items()
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error!r}); copy the checkpoint again") from error
     if (layout, version) != (LAYOUT, VERSION):
         raise CheckpointError(
-            f"{folder} has layout {layout!r} version {version}; this libmoe_fast reads {LAYOUT!r} version {VERSION}. "
+            f"{path} has layout {layout!r} version {version}; this libmoe_fast reads {LAYOUT!r} version {VERSION}. "
             "Convert it, or install the version that wrote it"
         )
-    return recipe
+    return found
 
 
-def _load_dense(cls, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def _swapped(cls: type, layers: dict[str, dict], backend: str | None) -> type:
+    """`cls`, whose models are made with these MoE layers: transformers then renames and gathers their weights too."""
+
+    def init(self, config, *args, **kwargs):
+        cls.__init__(self, config, *args, **kwargs)
+        install(self, {name: MoE(**layer, backend=backend) for name, layer in layers.items()})
+
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__, "dense_class": cls})
+
+
+def _load_stock(cls: type, folder: Path, dtype: torch.dtype | None) -> nn.Module:
     try:
         model, report = cls.from_pretrained(folder, **_dtype_option(dtype or "auto"), output_loading_info=True)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {in_one_line(error)}") from error
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected or report["mismatched_keys"]:
@@ -201,6 +219,12 @@ def _load_dense(cls, folder: Path, dtype: torch.dtype | None) -> nn.Module:
             f"{folder} does not fit {cls.__name__}: {_differences(missing, unexpected)}"
             f"{_some('other shape', report['mismatched_keys'])}give a checkpoint of this architecture"
         )
+    model.__class__ = getattr(cls, "dense_class", cls)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    for layer in moe_layers(model).values():
+        layer.share_aux_scale()
     return model.eval()
 
 

@@ -13,11 +13,15 @@ from typing import Literal
 from torch import Tensor, nn
 
 from libmoe_fast import loss_scale
+from libmoe_fast.compatibility import installed_version
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.layer import MoE
 from libmoe_fast.routers import find_router
 from libmoe_fast.spec import Routing, check_choice
 
+LAYOUT = "libmoe_fast.stacked"  # experts.w1 [N, H, D], experts.w2 [N, O, H]
+VERSION = 1
+RECIPE_KEY = "libmoe_fast"  # of a Hugging Face model's config
 TARGETS = ("vision", "projector")
 VISION_MLPS = ("CLIPMLP", "SiglipMLP", "Siglip2MLP")
 PROJECTORS = ("LlavaMultiModalProjector",)
@@ -140,12 +144,28 @@ def _projectors(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def install(model: nn.Module, layers: dict[str, MoE]) -> None:
-    """Puts MoE layers at dotted names of `model`, and the hook that serves them on `model` itself."""
+    """Puts MoE layers at dotted names of `model`, and the hook that serves them on `model` itself.
+
+    A Hugging Face model's configuration takes the recipe along, so that what `save_pretrained` writes, which
+    transformers' Trainer calls for its checkpoints, says which layers were swapped.
+    """
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
+    if hasattr(getattr(model, "config", None), "save_pretrained"):
+        setattr(model.config, RECIPE_KEY, recipe(moe_layers(model)))
     if _forget_statistics not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_forget_statistics)
+
+
+def recipe(layers: dict[str, MoE]) -> dict:
+    """What a checkpoint says of the swapped layers: enough to build a model whose weights have the same names."""
+    return {
+        "layout": LAYOUT,
+        "version": VERSION,
+        "transformers": installed_version("transformers"),
+        "layers": {name: layer.config() for name, layer in layers.items()},
+    }
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

@@ -50,6 +50,61 @@ def test_reload_gives_equal_outputs(dense, router, tmp_path):
     assert (tmp_path / "saved" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "60KB"}], ids=["one file", "shards"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_what_transformers_saved_is_read(dense, router, shards, tmp_path):
+    """As its Trainer does: with names of its own for the weights, in one file or several."""
+    model = upcycle(copy.deepcopy(dense[0]), router=router, router_options=OPTIONS.get(router), num_experts=3)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "saved", **shards)
+    loaded = load_model(tmp_path / "saved", backend="reference")
+    assert type(loaded) is type(model)
+    assert torch.equal(outputs(loaded, dense[1]), outputs(load_like(model, "reference"), dense[1]))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert not any(p.is_meta for p in (*loaded.parameters(), *loaded.buffers()))
+    save_model(loaded, tmp_path / "again")
+    assert torch.equal(outputs(load_model(tmp_path / "again"), dense[1]), outputs(model, dense[1]))
+
+
+def load_like(model, backend):
+    other = copy.deepcopy(model)
+    for layer in moe_layers(other).values():
+        layer.backend = backend
+    return other
+
+
+def test_a_trainers_checkpoint_is_read(dense, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model, processor = upcycle(copy.deepcopy(dense[0]), num_experts=3), dense[1]
+    ids = processor.tokenizer("<image>" * 16 + " odd or even?", return_tensors="pt")["input_ids"][0]
+    sample = {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(3, 32, 32)}
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path, max_steps=2, save_steps=2, use_cpu=True, report_to=[], learning_rate=1e-3
+    )
+    transformers.Trainer(model=model, args=arguments, train_dataset=[sample] * 4).train()
+    loaded = load_model(tmp_path / "checkpoint-2")
+    assert torch.equal(outputs(loaded, processor), outputs(model, processor))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda recipe: recipe.update(version=99), "config.json has layout 'libmoe_fast.stacked' version 99"),
+        (lambda recipe: recipe.pop("layers"), "config.json is missing or damaged .KeyError"),
+        (lambda recipe: recipe["layers"].popitem(), "does not fit LlavaForConditionalGeneration: missing"),
+    ],
+)
+def test_what_transformers_saved_is_refused_if_it_does_not_fit(dense, damage, message, tmp_path):
+    upcycle(copy.deepcopy(dense[0]), num_experts=3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    damage(config["libmoe_fast"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)
+
+
 def test_dtype_and_backend_are_chosen_at_load(dense, tmp_path):
     save_model(upcycle(copy.deepcopy(dense[0]), router="hyper"), tmp_path / "m")
     loaded = load_model(tmp_path / "m", dtype=torch.bfloat16, backend="reference")

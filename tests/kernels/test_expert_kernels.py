@@ -109,18 +109,18 @@ def test_tiles_of_other_shapes(gated, tile, monkeypatch):
 
 
 @pytest.mark.parametrize(("gated", "dtype"), [(False, torch.float32), (True, torch.bfloat16)], ids=str)
-def test_weights_through_descriptors(gated, dtype, monkeypatch):
-    """The path of sm90 and newer, whose bounds must keep a tile at an expert's edge from reading the next expert."""
+def test_operands_through_descriptors(gated, dtype, monkeypatch):
+    """The path of sm90 and newer. Its bounds must keep a tile at an expert's edge from reading the next one's weight;
+    and the next one's rows, which it does read, must not enter an expert's gradient.
+    """
     if DEVICE == "cpu":
         monkeypatch.setattr(KERNELS.experts, "descriptors_usable", lambda *_: True)
     case = ExpertCase(D=80, H=144, O=48, gated=gated, dtype=dtype)
-    weights = []
-    with observing(lambda launch: weights.append(launch.args.get("w1", launch.args.get("w2")))):
+    through = []
+    with observing(lambda launch: through.append(launch.args.get("DESCRIPTOR"))):
         check_experts(KERNELS, case)
-    weights = [w for w in weights if w is not None]
-    assert len(weights) == 4  # up, down, dz, dx
     if DEVICE == "cpu":
-        assert not any(isinstance(w, torch.Tensor) for w in weights)  # descriptors indeed
+        assert through.count(True) == 6  # up, down, dz, dw2, dw1, dx
 
 
 def test_programs_walk_over_several_tiles():

@@ -110,18 +110,18 @@ MUTATIONS = [
     Mutation("off-by-one-tile", "experts", "primitives.py", "(after <= tile)", "(after < tile)"),
     Mutation("gelu-slope-sign", "experts", "primitives.py", "+ z * density", "- z * density"),
     Mutation("truncated-bfloat16", "bfloat16", "primitives.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "bits"),
-    Mutation("first-bias-dropped", "experts", "grouped_gemm.py", "z += tl.load(b1_ptr", "z += 0.0 * tl.load(b1_ptr"),
-    Mutation("second-bias-dropped", "experts", "grouped_gemm.py", "y += tl.load(b2_ptr", "y += 0.0 * tl.load(b2_ptr"),
+    Mutation("first-bias-dropped", "experts", "grouped_gemm.py", "z = starting_at(", "z = 0.0 * starting_at("),
+    Mutation("second-bias-dropped", "experts", "grouped_gemm.py", "y = starting_at(", "y = 0.0 * starting_at("),
+    Mutation("bias-of-the-gate-in-up", "gated", "grouped_gemm.py", "expert * H1 + H + h0", "expert * H1 + h0"),
+    Mutation("z-of-other-columns", "experts", "grouped_gemm.py", "live, h0 + i * DZ_COLUMNS, H", "live, h0, H"),
     Mutation("w-missing-in-dz", "experts", "grouped_gemm.py", "dz = w[:, None] * g *", "dz = g *"),
     Mutation("up-missing-in-dz", "gated", "grouped_gemm.py", "dz = dz * up", "dz = dz"),
     Mutation("b2-missing-in-dw", "experts", "grouped_gemm.py", "dw += rows_dot(", "dw += 0.0 * rows_dot("),
     Mutation(
         "w-missing-in-combine", "experts", "combine.py", "value = value * tl.load(", "value = value + 0.0 * tl.load("
     ),
-    Mutation(
-        "w-missing-in-db2", "experts", "weight_grad.py", "terms = terms * tl.load(", "terms = terms + 0.0 * tl.load("
-    ),
-    Mutation("last-rows-only-in-db", "experts", "weight_grad.py", "db += tl.sum(terms, 0)", "db = tl.sum(terms, 0)"),
+    Mutation("w-missing-in-db2", "experts", "weight_grad.py", "terms *= tl.load(", "terms += 0.0 * tl.load("),
+    Mutation("last-rows-only-in-db", "experts", "weight_grad.py", "total += terms", "total = terms"),
 ]
 
 
