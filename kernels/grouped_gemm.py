@@ -306,9 +306,9 @@ def dz_kernel(
     No forward GEMM runs again: <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>. dw_parts [T*K, column tiles] are added up, in
     order, by dx_kernel.
     """
-    # As many pieces of z as there are registers for.
+    # As many pieces of z as there are registers for; the error function takes many.
     SIZE: tl.constexpr = z_ptr.dtype.element_ty.primitive_bitwidth // 16
-    AHEAD: tl.constexpr = min(BN // DZ_COLUMNS, (4 if GATED else 8) // SIZE)
+    AHEAD: tl.constexpr = min(BN // DZ_COLUMNS, (2 if GATED or ACTIVATION == "gelu" else 8) // SIZE)
     row_tiles = count_row_tiles(offsets_ptr, N, NP, BM)
     column_tiles = tl.cdiv(H, BN)
     for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):

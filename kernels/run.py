@@ -45,8 +45,8 @@ class Launch:
     def tiles(self, architecture: str) -> tuple[Tile, ...]:
         """The candidates of a GEMM there, best guess first."""
         lengths = [self.args[name] for name in ("D", "H", "H1", "O", "M", "C") if name in self.args]
-        experts = self.args.get("N", 1)
-        return candidates(architecture, self.gemm, self.itemsize, self.args["PRECISION"], lengths, experts)
+        needs = {"experts": self.args.get("N", 1), "activation": self.args.get("ACTIVATION")}
+        return candidates(architecture, self.gemm, self.itemsize, self.args["PRECISION"], lengths, **needs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ class Tile:
 
     programs: of a persistent kernel, per multiprocessor; with two, one's epilogue runs beside the other's products.
     experts: for at most so many; with more, the search for a tile's expert takes registers that it needs itself.
+    erf: whether those suffice for the error function, which "gelu" is.
     """
 
     BM: int
@@ -28,6 +29,7 @@ class Tile:
     stages: int = 3
     programs: int = 1
     experts: int | None = None
+    erf: bool = True
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -68,6 +70,8 @@ TILES: dict[str, dict[str, Row]] = {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
             "up_gated": (_NARROW,),
+            "dz": (_SQUARE,),
+            "dz_gated": (_SQUARE,),
             **dict.fromkeys(
                 ("dw1", "dw2"),
                 (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=64, BN=128, BK=32, warps=4, stages=4)),
@@ -88,6 +92,7 @@ TILES: dict[str, dict[str, Row]] = {
     "sm90": {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_WIDE, _SQUARE, _SMALL_TWICE)),
+            "up": (replace(_WIDE, erf=False), _SQUARE, _SMALL_TWICE),
             "up_gated": (_SQUARE, _SMALL_TWICE),
             "dz": (replace(_SMALL_TWICE, stages=4), replace(_SQUARE, stages=4)),
             "dz_gated": (_SMALL_TWICE, _SQUARE),
@@ -104,7 +109,9 @@ TILES: dict[str, dict[str, Row]] = {
     "sm100": {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
+            "up": (_SQUARE,),
             "up_gated": (_SQUARE,),
+            "dz": (_SQUARE,),
             "dz_gated": (_NARROW,),
             "dx": (_WIDE, _SQUARE, _SMALL),
             "dw1": (_WIDE, _SQUARE),
@@ -115,6 +122,9 @@ TILES: dict[str, dict[str, Row]] = {
             "up": (Tile(BM=64, BN=64, BK=32, stages=2),),
             "up_gated": (_NARROW_32,),
             "dz_gated": (_NARROW_32,),
+            "dx": (_SMALL_32,),
+            "dw1": (_SMALL_32,),
+            "dw2": (_SMALL_32,),
         },
         "tf32x3": _TF32X3,
         "ieee": _IEEE,
@@ -137,7 +147,7 @@ TILES: dict[str, dict[str, Row]] = {
 _ODD = Tile(BM=64, BN=64, BK=32, stages=2)
 ODD_TILES: dict[str, dict[str, Tile]] = {
     "sm80": dict.fromkeys(("16-bit", *PRECISIONS), replace(_ODD, BK=16)),
-    "sm90": {"16-bit": _ODD, "tf32": _ODD, "tf32x3": replace(_ODD, BK=16), "ieee": replace(_ODD, BN=32, BK=16)},
+    "sm90": {"16-bit": _ODD, "tf32": _ODD, "tf32x3": replace(_ODD, BK=16), "ieee": replace(_ODD, BM=32, BN=32, BK=16)},
     "sm100": {**dict.fromkeys(("16-bit", *PRECISIONS), _ODD), "ieee": replace(_ODD, BN=32, BK=16)},
     "gfx942": dict.fromkeys(("16-bit", *PRECISIONS), _ODD),
 }
@@ -147,7 +157,13 @@ DESCRIPTOR_ARCHITECTURES = ("sm90", "sm100")  # on sm80, descriptor code is emul
 
 
 def candidates(
-    architecture: str, gemm: str, itemsize: int, precision: str, lengths: Iterable[int], experts: int = 1
+    architecture: str,
+    gemm: str,
+    itemsize: int,
+    precision: str,
+    lengths: Iterable[int],
+    experts: int = 1,
+    activation: str | None = None,
 ) -> tuple[Tile, ...]:
     """The tiles that a GEMM may take on an architecture, best guess first.
 
@@ -158,7 +174,11 @@ def candidates(
     kind = "16-bit" if itemsize == 2 else precision
     if any(length % 16 for length in lengths):
         return (ODD_TILES[architecture][kind],)
-    return tuple(t for t in TILES[architecture][kind][gemm] if t.experts is None or experts <= t.experts)
+    return tuple(
+        tile
+        for tile in TILES[architecture][kind][gemm]
+        if (tile.experts is None or experts <= tile.experts) and (tile.erf or activation != "gelu")
+    )
 
 
 # The operand that a kernel may read through a descriptor, and the sides of the block it reads.
