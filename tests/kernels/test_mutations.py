@@ -113,7 +113,7 @@ MUTATIONS = [
     Mutation("first-bias-dropped", "experts", "grouped_gemm.py", "z = starting_at(", "z = 0.0 * starting_at("),
     Mutation("second-bias-dropped", "experts", "grouped_gemm.py", "y = starting_at(", "y = 0.0 * starting_at("),
     Mutation("bias-of-the-gate-in-up", "gated", "grouped_gemm.py", "expert * H1 + H + h0", "expert * H1 + h0"),
-    Mutation("z-of-other-columns", "experts", "grouped_gemm.py", "live, h0 + i * DZ_COLUMNS, H", "live, h0, H"),
+    Mutation("z-of-other-columns", "experts", "grouped_gemm.py", "live, h + AHEAD * DZ_COLUMNS, H", "live, h, H"),
     Mutation("w-missing-in-dz", "experts", "grouped_gemm.py", "dz = w[:, None] * g *", "dz = g *"),
     Mutation("up-missing-in-dz", "gated", "grouped_gemm.py", "dz = dz * up", "dz = dz"),
     Mutation("b2-missing-in-dw", "experts", "grouped_gemm.py", "dw += rows_dot(", "dw += 0.0 * rows_dot("),
