@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -197,25 +198,30 @@ def full_precision(launch: Launch, arch: str) -> bool:
     return launch.itemsize == 4 and launch.args["PRECISION"] == "ieee" and CHIPS[arch].target.backend == "cuda"
 
 
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
 def argument_type(value) -> str:
-    types = {
-        torch.bfloat16: "bf16",
-        torch.float16: "fp16",
-        torch.float32: "fp32",
-        torch.int32: "i32",
-        torch.int64: "i64",
-    }
     if isinstance(value, torch.Tensor):
-        return f"*{types[value.dtype]}"
+        return f"*{TYPES[value.dtype]}"
     if hasattr(value, "block_shape"):
-        return f"tensordesc<{types[value.base.dtype]}{list(value.block_shape)}>"
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     return "fp32" if isinstance(value, float) else "i32"
+
+
+def kernel_of(job: Job):
+    return getattr(import_module(job.module), f"{job.kernel}_kernel")
 
 
 def compile_job(job: Job) -> Row:
     """Compiles one job and reads the machine code. A compiler's failure is a row that says so."""
-    module = sys.modules[job.module] if job.module in sys.modules else __import__(job.module, fromlist=["_"])
-    kernel = getattr(module, f"{job.kernel}_kernel")
+    kernel = kernel_of(job)
     position = {name: kernel.arg_names.index(name) for name in kernel.arg_names}
     source = ASTSource(
         fn=kernel,

@@ -16,12 +16,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 import triton
 from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .aot import CHIPS, OPERANDS, Job, jobs
+from .aot import CHIPS, OPERANDS, TYPES, Job, jobs, kernel_of
 from .primitives import INTERPRETED
 from .run import COMPILER_OPTIONS
 from .shapes import CHECKED, SHAPES
@@ -30,7 +29,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "runs" / "gpu-cache"
 VARIABLE = "TRITON_CACHE_DIR"
 # What a launch reads; Triton also keeps every stage of a compilation, ten times as much.
 NEEDED = (".cubin", ".hsaco", ".json")
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def fill(folder: Path, work: list[Job]) -> Iterable[str]:
@@ -46,10 +45,9 @@ def fill(folder: Path, work: list[Job]) -> Iterable[str]:
 
 def compile_job(job: Job) -> str:
     triton.runtime.driver.set_active(naming(job))
-    kernel = getattr(sys.modules.get(job.module) or __import__(job.module, fromlist=["_"]), f"{job.kernel}_kernel")
     args = {name: argument(job, name, kind) for name, kind in job.signature.items()}
     try:
-        kernel.warmup(grid=(1,), **args, **job.options, **COMPILER_OPTIONS)
+        kernel_of(job).warmup(grid=(1,), **args, **job.options, **COMPILER_OPTIONS)
     # Triton's passes raise many kinds of errors.
     except Exception as error:
         return f"{job.kernel} {job.tile} {job.shape} {job.operands}: {type(error).__name__}: {str(error)[:200]}"
@@ -70,11 +68,11 @@ def argument(job: Job, name: str, kind: str):
     if kind == "constexpr":
         return job.constants[name]
     if kind.startswith("*"):
-        return MockTensor(TYPES[kind[1:]])
+        return MockTensor(DTYPES[kind[1:]])
     if kind.startswith("tensordesc"):
         dtype, _, block = kind.removeprefix("tensordesc<").rstrip(">").partition("[")
         shape = json.loads(f"[{block}")
-        base = SimpleNamespace(dtype=TYPES[dtype], data_ptr=lambda: 0)
+        base = SimpleNamespace(dtype=DTYPES[dtype], data_ptr=lambda: 0)
         return TensorDescriptor(base, [1024] * len(shape), [1024**i for i in reversed(range(len(shape)))], shape)
     return 0.5 if kind == "fp32" else 32 if name in job.aligned else 33
 

@@ -51,12 +51,13 @@ SHAPES = (
     Shape(name="fine-grained", T=2304, D=2048, H=1024, O=2048, N=64, K=8, activation="silu", gated=True),
 )
 
+NO_BIASES = Shape(name="no biases", T=2304, D=512, H=256, O=512, N=64, K=8, activation="silu", gated=True, bias=False)
 # Beside these, for what is compiled differently: one token, many experts, rows of odd length, no biases.
 CORNERS = (
     Shape(name="one token", T=1, D=1024, H=4096, O=1024, N=4, K=2),
     Shape(name="N=256", T=16384, D=2048, H=512, O=2048, N=256, K=8, S=4, activation="silu", gated=True),
     Shape(name="odd", T=1000, D=1000, H=4100, O=1000, N=6, K=3),
-    Shape(name="no biases", T=2304, D=512, H=256, O=512, N=64, K=8, activation="silu", gated=True, bias=False),
+    NO_BIASES,
     Shape(name="odd gated", T=1001, D=1001, H=333, O=77, N=5, K=5, activation="relu", gated=True),
 )
 
@@ -65,7 +66,7 @@ CORNERS = (
 CHECKED = (
     SHAPES[0],
     SHAPES[1],
-    Shape(name="small experts", T=2304, D=512, H=256, O=512, N=64, K=8, activation="silu", gated=True, bias=False),
+    NO_BIASES,
     Shape(name="no multiple of 16", T=1000, D=1000, H=1100, O=1000, N=6, K=3),
     Shape(name="decoding", T=7, D=1024, H=4096, O=1024, N=8, K=2),
 )

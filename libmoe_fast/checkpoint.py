@@ -105,7 +105,9 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
     if not (folder / RECIPE_FILE).exists():
         if (found := getattr(config, RECIPE_KEY, None)) is not None:
             layers = check_recipe(found, folder / "config.json")["layers"]
-            return _load_stock(_swapped(cls, layers, backend), folder, dtype)
+            model = _load_stock(_swapped(cls, layers, backend), folder, dtype)
+            model.__class__ = cls
+            return model
         return _load_stock(cls, folder, dtype)
 
     with _empty_weights():
@@ -205,7 +207,7 @@ def _swapped(cls: type, layers: dict[str, dict], backend: str | None) -> type:
         cls.__init__(self, config, *args, **kwargs)
         install(self, {name: MoE(**layer, backend=backend) for name, layer in layers.items()})
 
-    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__, "dense_class": cls})
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
 
 
 def _load_stock(cls: type, folder: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -219,7 +221,6 @@ def _load_stock(cls: type, folder: Path, dtype: torch.dtype | None) -> nn.Module
             f"{folder} does not fit {cls.__name__}: {_differences(missing, unexpected)}"
             f"{_some('other shape', report['mismatched_keys'])}give a checkpoint of this architecture"
         )
-    model.__class__ = getattr(cls, "dense_class", cls)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
