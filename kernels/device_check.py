@@ -35,6 +35,7 @@ from .cache import VARIABLE as CACHE_VARIABLE
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "hypothesis")
 PASSED, FAILED, LEFT_OUT = "passed", "FAILED", "left out"
+WORKER_BYTES = 8 * 2**30  # of the GPU's memory: with float32 at CLIP-L's size, a test process was seen to take so much
 METRICS = ("Compute (SM) Throughput", "Memory Throughput", "Achieved Occupancy", "Registers Per Thread", "Duration")
 
 
@@ -311,6 +312,12 @@ def check(place: Place, steps: list[Step], limit: float) -> list[Verdict]:
     return report.verdicts
 
 
+def most_workers() -> int:
+    """As many test processes as there are cores, up to 8, and as the GPU's memory holds."""
+    fit = torch.cuda.mem_get_info()[1] // WORKER_BYTES if torch.cuda.is_available() else 8
+    return max(1, min(8, os.cpu_count() or 1, fit))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m libmoe_fast.kernels.device_check",
@@ -324,8 +331,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=FOLDER, help="compiled kernels (runs/gpu-cache)")
     parser.add_argument("--steps", nargs="+", choices=names, default=names, metavar="NAME", help="which (all)")
     parser.add_argument("--limit", type=float, default=540, help="seconds for all of it (540)")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=min(8, cores), help="test processes (8, or as many as cores)")
+    workers = most_workers()
+    parser.add_argument("--workers", type=int, default=workers, help=f"test processes that share the GPU ({workers})")
     parser.add_argument("--dry-run", action="store_true", help="in Triton's interpreter, at tiny sizes")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():

@@ -223,7 +223,6 @@ def weight_grad(
         rows_log2=rows_log2(permuted),
         K=top_k or weights.shape[1],
         GATHER_LEFT=gemm == "dw2",
-        GATHER_RIGHT=gemm == "dw1",
         WEIGH_BIAS=weights is not None,
         BIAS=db is not None,
         DESCRIPTOR=descriptors_usable(left.device, left if gemm == "dw1" else right),

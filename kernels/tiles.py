@@ -144,11 +144,18 @@ TILES: dict[str, dict[str, Row]] = {
 }
 # Where a row is no multiple of 16 long, the compiler cannot tell that neighbours may be loaded at once: each element
 # is loaded by itself, without asynchronous copies, and that takes registers.
-_ODD = Tile(BM=64, BN=64, BK=32, stages=2)
-ODD_TILES: dict[str, dict[str, Tile]] = {
-    "sm80": dict.fromkeys(("16-bit", *PRECISIONS), replace(_ODD, BK=16)),
-    "sm90": {"16-bit": _ODD, "tf32": _ODD, "tf32x3": replace(_ODD, BK=16), "ieee": replace(_ODD, BM=32, BN=32, BK=16)},
-    "sm100": {**dict.fromkeys(("16-bit", *PRECISIONS), _ODD), "ieee": replace(_ODD, BN=32, BK=16)},
+_ODD = dict.fromkeys(GEMMS, Tile(BM=64, BN=64, BK=32, stages=2))
+_ODD_16 = dict.fromkeys(GEMMS, Tile(BM=64, BN=64, BK=16, stages=2))
+_ODD_IEEE = dict.fromkeys(GEMMS, Tile(BM=64, BN=32, BK=16, stages=2))
+ODD_TILES: dict[str, dict[str, dict[str, Tile]]] = {
+    "sm80": dict.fromkeys(("16-bit", *PRECISIONS), _ODD_16),
+    "sm90": {
+        "16-bit": _ODD,
+        "tf32": _ODD,
+        "tf32x3": _ODD_16,
+        "ieee": _ODD_IEEE | dict.fromkeys(("dw1", "dw2"), Tile(BM=32, BN=32, BK=16, stages=2)),
+    },
+    "sm100": {**dict.fromkeys(("16-bit", *PRECISIONS), _ODD), "ieee": _ODD_IEEE},
     "gfx942": dict.fromkeys(("16-bit", *PRECISIONS), _ODD),
 }
 # Its cost is the number of programs and steps, whatever their size.
@@ -173,7 +180,7 @@ def candidates(
         return (INTERPRETER_TILE,)
     kind = "16-bit" if itemsize == 2 else precision
     if any(length % 16 for length in lengths):
-        return (ODD_TILES[architecture][kind],)
+        return (ODD_TILES[architecture][kind][gemm],)
     return tuple(
         tile
         for tile in TILES[architecture][kind][gemm]

@@ -31,7 +31,6 @@ def weight_grad_kernel(
     rows_log2,
     K: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
-    GATHER_RIGHT: tl.constexpr,
     WEIGH_BIAS: tl.constexpr,
     BIAS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -43,8 +42,8 @@ def weight_grad_kernel(
     PROGRAMS: tl.constexpr,
 ):
     """dw [N, M, C] = sum over an expert's rows r of left[r] (x) right[r]; db [N, M] = sum of terms[r], weighted by w if
-    WEIGH_BIAS; terms are left again. A gathered side is indexed by token, else by row. Grid: (programs of the bias,
-    first, and tiles of [M, C]; N). BK rows per step.
+    WEIGH_BIAS; terms are left again. The rows of left or right that are gathered are tokens, the other's are sorted.
+    Grid: (programs of the bias, first, and tiles of [M, C]; N). BK rows per step.
     """
     tile = tl.program_id(0)
     expert = tl.program_id(1).to(tl.int64)
@@ -71,10 +70,10 @@ def weight_grad_kernel(
                 left_tile = left.load([r0.to(tl.int32), m_tile * BM])
             else:
                 left_tile = row_block(left, tokens if GATHER_LEFT else rows, m, live, M)
-            if DESCRIPTOR and not GATHER_RIGHT:
+            if DESCRIPTOR and GATHER_LEFT:
                 right_tile = right.load([r0.to(tl.int32), c_tile * BN])
             else:
-                right_tile = row_block(right, tokens if GATHER_RIGHT else rows, c, live, C)
+                right_tile = row_block(right, rows if GATHER_LEFT else tokens, c, live, C)
             dw = dot(tl.trans(left_tile), right_tile, dw, PRECISION)
         mask = (m[:, None] < M) & (c[None, :] < C)
         tl.store(dw_ptr + (expert * M + m[:, None]) * C + c[None, :], cast(dw, dw_ptr.dtype.element_ty), mask=mask)
