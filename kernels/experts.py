@@ -16,9 +16,10 @@ from libmoe_fast.errors import ConfigError
 
 from .combine import combine_kernel
 from .dispatch import Permuted
-from .grouped_gemm import down_kernel, dx_kernel, dz_kernel, up_kernel
+from .dz import dz_kernel
+from .grouped_gemm import down_kernel, dx_kernel, up_kernel
 from .primitives import INTERPRETED
-from .run import architecture, cdiv, descriptors_usable, next_power_of_2, processors, run, tile_columns
+from .run import architecture, cdiv, descriptors_usable, next_power_of_2, processors, run, shared_round, tile_columns
 from .tiles import PRECISIONS
 from .weight_grad import DB_COLUMNS, weight_grad_kernel
 
@@ -47,6 +48,7 @@ def experts(
     ys = x.new_empty(rows, O)
     descriptor = descriptors_usable(device, expert.w1, expert.w2)
     shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
+    last_round = shared_round("down", expert.w2, shared["PRECISION"])
     run(
         up_kernel,
         persistent(rows, N, H, device),
@@ -57,6 +59,7 @@ def experts(
         order_ptr=permuted.order,
         z_ptr=z,
         a_ptr=a,
+        flags_ptr=last_round.flags,
         D=D,
         H=H,
         K=K,
@@ -65,6 +68,7 @@ def experts(
         GATED=expert.gated,
         BIAS=expert.b1 is not None,
         STORE_Z=store_z,
+        FLAGS=last_round.flags.shape[0],
         **shared,
     )
     run(
@@ -75,6 +79,8 @@ def experts(
         w2=expert.w2,
         b2_ptr=expert.b2,
         y_ptr=ys,
+        slots_ptr=last_round.slots,
+        flags_ptr=last_round.flags,
         H=H,
         O=O,
         BIAS=expert.b2 is not None,
@@ -137,6 +143,7 @@ def experts_backward(
     gemm = "dz_gated" if expert.gated else "dz"
     parts = cdiv(H, tile_columns(gemm, expert.w2, shared["PRECISION"]))
     dw_parts = torch.empty(rows, parts, dtype=torch.float32, device=device)
+    last_round = shared_round("dx", expert.w1, shared["PRECISION"])
     run(
         dz_kernel,
         persistent(rows, N, H, device),
@@ -150,6 +157,7 @@ def experts_backward(
         dz_ptr=dz,
         wa_ptr=wa,
         dw_parts_ptr=dw_parts,
+        flags_ptr=last_round.flags,
         H=H,
         O=O,
         K=K,
@@ -157,6 +165,7 @@ def experts_backward(
         FAST=fast_sigmoid(x),
         GATED=expert.gated,
         BIAS=expert.b2 is not None,
+        FLAGS=last_round.flags.shape[0],
         **shared,
     )
     dw1 = db1 = dw2 = db2 = None
@@ -174,6 +183,8 @@ def experts_backward(
         dw_parts_ptr=dw_parts,
         dx_ptr=dxs,
         dweights_ptr=dweights,
+        slots_ptr=last_round.slots,
+        flags_ptr=last_round.flags,
         D=D,
         H1=H1,
         PARTS=parts,

@@ -14,7 +14,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -267,6 +267,24 @@ def tile_columns(gemm: str, weight: Tensor, precision: str) -> int:
     """BN of a GEMM with a weight [N, rows, columns], whose candidates all share it."""
     found = candidates(architecture(weight.device), gemm, weight.element_size(), precision, weight.shape[1:])
     return found[0].BN
+
+
+class Shared(NamedTuple):
+    """What the programs of a GEMM share its last round with (last_round.py). Both are empty memory."""
+
+    slots: Tensor  # float32, a tile for each program
+    flags: Tensor  # [a power of two, at least the programs] int32, which an earlier kernel lowers
+
+
+def shared_round(gemm: str, weight: Tensor, precision: str) -> Shared:
+    """Enough for whichever tile is chosen for a GEMM with a weight [N, rows, columns]."""
+    device = weight.device
+    found = candidates(architecture(device), gemm, weight.element_size(), precision, weight.shape[1:])
+    floats = processors(device) * max(tile.programs * tile.BM * tile.BN for tile in found)
+    flags = next_power_of_2(processors(device) * max(tile.programs for tile in found))
+    return Shared(
+        torch.empty(floats, dtype=torch.float32, device=device), torch.empty(flags, dtype=torch.int32, device=device)
+    )
 
 
 def descriptors_usable(device: torch.device, *operands: Tensor) -> bool:

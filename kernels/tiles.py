@@ -1,9 +1,9 @@
 """Tile sizes: one small table per architecture and kind of operand. The compile gate (aot.py) checks every row of it.
 
-    16-bit    bfloat16, float16
-    tf32      float32 cut to 10 bits on tensor cores, where the user allowed it
-    tf32x3    float32 as three such products, which keep nearly all of its bits; on request
-    ieee      float32 as it is: no tensor cores on NVIDIA, so small tiles, whose operands all lie in registers
+16-bit    bfloat16, float16
+tf32      float32 cut to 10 bits on tensor cores, where the user allowed it
+tf32x3    float32 as three such products, which keep nearly all of its bits; on request
+ieee      float32 as it is: no tensor cores on NVIDIA, so small tiles, whose operands all lie in registers
 """
 
 from collections.abc import Iterable
@@ -96,7 +96,7 @@ TILES: dict[str, dict[str, Row]] = {
             "up_gated": (_SQUARE, _SMALL_TWICE),
             "dz": (replace(_SMALL_TWICE, stages=4), replace(_SQUARE, stages=4)),
             "dz_gated": (_SMALL_TWICE, _SQUARE),
-            "dx": (replace(_WIDE, experts=128), _SQUARE, _SMALL_TWICE),
+            **dict.fromkeys(("down", "dx"), (replace(_WIDE, experts=128), _SQUARE, _SMALL_TWICE)),
             # Five stages are three buffers of operands, and the rows two steps ahead.
             "dw1": (replace(_TALL, stages=5), _SQUARE),
             "dw2": (replace(_WIDE, stages=5), _SQUARE),
@@ -113,7 +113,6 @@ TILES: dict[str, dict[str, Row]] = {
             "up_gated": (_SQUARE,),
             "dz": (_SQUARE,),
             "dz_gated": (_NARROW,),
-            "dx": (_WIDE, _SQUARE, _SMALL),
             "dw1": (_WIDE, _SQUARE),
             "dw2": (_WIDE, _SQUARE),
         },

@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dispatch import BlockSums, LossValues, Permuted, Routed
+from .last_round import LEAST_STEPS, MOST_PARTS
 from .primitives import INTERPRETED
-from .run import Launch, cdiv, observing
+from .run import INTERPRETER_PROGRAMS, Launch, cdiv, observing
 from .shapes import SHAPES, Shape, layer_launches, run_layer
 from .weight_grad import DB_COLUMNS
 
@@ -36,15 +37,16 @@ class GPU:
     """Published peaks: memory bandwidth in bytes/s, dense bf16 matrix rate in FLOP/s."""
 
     architecture: str
+    processors: int
     bandwidth: float
     flops: float
 
 
 GPUS = {
-    "A100": GPU(architecture="sm80", bandwidth=2.039e12, flops=312e12),
-    "H100": GPU(architecture="sm90", bandwidth=3.35e12, flops=989e12),
-    "H200": GPU(architecture="sm90", bandwidth=4.8e12, flops=989e12),
-    "B200": GPU(architecture="sm100", bandwidth=8.0e12, flops=2250e12),
+    "A100": GPU(architecture="sm80", processors=108, bandwidth=2.039e12, flops=312e12),
+    "H100": GPU(architecture="sm90", processors=132, bandwidth=3.35e12, flops=989e12),
+    "H200": GPU(architecture="sm90", processors=132, bandwidth=4.8e12, flops=989e12),
+    "B200": GPU(architecture="sm100", processors=148, bandwidth=8.0e12, flops=2250e12),
 }
 
 # Pointer arguments that a kernel writes; all others it reads.
@@ -61,6 +63,7 @@ OUTPUTS = {
     "router_grad": ("parts",),
     "router_reduce": ("dw", "dnoise_w", "dbias", "dtemperature"),
 }
+SCRATCH = ("slots", "flags")  # of a shared last round: neither input nor output
 NORMS_ONLY = {"route_backward": "x", "router_reduce": "w"}  # arguments that only the gradient of a norm reads
 
 
@@ -81,7 +84,7 @@ def tensors(launch: Launch) -> dict[str, Tensor]:
     found = {}
     for name, value in launch.args.items():
         tensor = value.base if hasattr(value, "block_shape") else value
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and name.removesuffix("_ptr") not in SCRATCH:
             found[name.removesuffix("_ptr")] = tensor
     if launch.name in NORMS_ONLY and not launch.args["COSINE"]:
         del found[NORMS_ONLY[launch.name]]
@@ -113,7 +116,9 @@ def flops(launch: Launch, rows: int) -> int:
 
 
 def requested(launch: Launch, meta: dict[str, int], loads: list[int]) -> Traffic:
-    """Bytes loaded and stored, tile re-reads included. meta: the tile; loads: rows per expert."""
+    """Bytes loaded and stored, tile re-reads included. meta: the tile, and the device's "processors"; loads: rows per
+    expert.
+    """
     return FORMULAS[launch.name](launch, meta, loads)
 
 
@@ -125,6 +130,17 @@ def _gemm(
     column_tiles = cdiv(width, meta["BN"])
     operands = sum(loads) * depth * column_tiles + row_tiles * depth * width * weights
     return row_tiles, column_tiles, operands * launch.itemsize
+
+
+def _slots(meta: dict, loads: list[int], *, width: int, depth: int) -> int:
+    """Bytes of the slots through which the programs share the last round, each written and read once."""
+    column_tiles = cdiv(width, meta["BN"])
+    most = (cdiv(sum(loads), meta["BM"]) + len(loads) - 1) * column_tiles
+    programs = min(meta["processors"] * meta["PROGRAMS"], most)
+    left = sum(cdiv(rows, meta["BM"]) for rows in loads) * column_tiles % programs
+    steps = cdiv(depth, meta["BK"]) // LEAST_STEPS.value
+    parts = min(programs // max(left, 1), steps, MOST_PARTS.value)
+    return 4 * left * parts * meta["BM"] * meta["BN"] if parts > 1 else 0
 
 
 def _up(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
@@ -140,7 +156,8 @@ def _down(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
     a = launch.args
     row_tiles, _, operands = _gemm(launch, meta, loads, width=a["O"], depth=a["H"])
     bias = row_tiles * a["O"] * launch.itemsize if a["BIAS"] else 0
-    return Traffic(loads=operands + bias, stores=sum(loads) * a["O"] * launch.itemsize)
+    slots = _slots(meta, loads, width=a["O"], depth=a["H"])
+    return Traffic(loads=operands + bias + slots, stores=sum(loads) * a["O"] * launch.itemsize + slots)
 
 
 def _dz(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
@@ -166,7 +183,8 @@ def _dx(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
     a, rows = launch.args, sum(loads)
     _, _, operands = _gemm(launch, meta, loads, width=a["D"], depth=a["H1"])
     parts = rows * (4 * a["PARTS"] + 8)
-    return Traffic(loads=operands + parts, stores=rows * a["D"] * launch.itemsize + 4 * rows)
+    slots = _slots(meta, loads, width=a["D"], depth=a["H1"])
+    return Traffic(loads=operands + parts + slots, stores=rows * a["D"] * launch.itemsize + 4 * rows + slots)
 
 
 def _combine(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
@@ -291,7 +309,8 @@ def checked(shape: Shape) -> list[tuple[str, Traffic, Traffic]]:
     rows = []
     for launch, count in zip(counter.launches, counter.counts, strict=True):
         meta = launch.tiles("interpreter")[0].sizes if launch.gemm else {}
-        rows.append((launch.name, Traffic(**count), requested(launch, meta, loads)))
+        formula = requested(launch, meta | {"processors": INTERPRETER_PROGRAMS}, loads)
+        rows.append((launch.name, Traffic(**count), formula))
     return rows
 
 
@@ -363,6 +382,7 @@ def floor_table(shape: Shape) -> list[list[str]]:
         for name, gpu in GPUS.items():
             here = launches[gpu.architecture][i]
             meta = here.tiles(gpu.architecture)[0].sizes if here.gemm else {}
+            meta = meta | {"processors": gpu.processors}
             seconds = max(least(here).total / gpu.bandwidth, work / gpu.flops)
             sums[name] += seconds
             row.append(f"{seconds * 1e6:.1f} ({requested(here, meta, even).total / least(here).total:.1f}x)")

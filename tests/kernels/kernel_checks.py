@@ -113,6 +113,10 @@ class ExpertCase:
         return max(self.D, self.H * (2 if self.gated else 1), self.O, self.T * self.K)
 
 
+# Four row tiles of one expert: in the interpreter, the last of them is left to three programs, 2, 2 and 1 of its steps.
+LAST_ROUND = {"T": 200, "N": 4, "K": 1, "H": 260, "load": "one takes all"}
+
+
 class ExpertData(NamedTuple):
     x: Tensor
     weights: Tensor

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_checks import (
     DEVICE,
+    LAST_ROUND,
     ExpertCase,
     check_experts,
     expert_data,
@@ -55,6 +56,8 @@ def test_dtypes_at_odd_sizes(dtype, gated):
         pytest.param({"T": 1}, id="one-token"),
         pytest.param({"D": 1, "H": 1, "O": 1}, id="width-1"),
         pytest.param({"D": 64, "H": 128, "O": 64}, id="whole-tiles"),
+        pytest.param(LAST_ROUND, id="last-round-in-parts"),
+        pytest.param(LAST_ROUND | {"H": 200}, id="last-round-with-an-empty-part"),  # 4 steps in parts of 2
         pytest.param({"T": 150, "N": 2, "K": 2, "H": 140}, id="several-row-tiles-per-expert"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from kernel_checks import (
+    LAST_ROUND,
     DispatchCase,
     ExpertCase,
     Kernels,
@@ -49,6 +50,7 @@ CHECKS: dict[str, Callable[[Kernels], None]] = {
     ),
     "ties": check_ties,
     "experts": lambda kernels: check_experts(kernels, ExpertCase(T=160, N=4, K=2)),
+    "last round": lambda kernels: check_experts(kernels, ExpertCase(**LAST_ROUND)),
     "gated": lambda kernels: check_experts(kernels, ExpertCase(gated=True, activation="silu")),
     "bfloat16": lambda kernels: check_experts(kernels, ExpertCase(dtype=torch.bfloat16)),
 }
@@ -112,11 +114,13 @@ MUTATIONS = [
     Mutation("truncated-bfloat16", "bfloat16", "primitives.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "bits"),
     Mutation("first-bias-dropped", "experts", "grouped_gemm.py", "z = starting_at(", "z = 0.0 * starting_at("),
     Mutation("second-bias-dropped", "experts", "grouped_gemm.py", "y = starting_at(", "y = 0.0 * starting_at("),
+    Mutation("one-part-for-all", "last round", "last_round.py", "for part in range(parts)", "for part in range(1)"),
+    Mutation("second-bias-in-each-part", "last round", "grouped_gemm.py", "tl.where(part == 0, O - o0, 0)", "O - o0"),
     Mutation("bias-of-the-gate-in-up", "gated", "grouped_gemm.py", "expert * H1 + H + h0", "expert * H1 + h0"),
-    Mutation("z-of-other-columns", "experts", "grouped_gemm.py", "live, h + AHEAD * DZ_COLUMNS, H", "live, h, H"),
-    Mutation("w-missing-in-dz", "experts", "grouped_gemm.py", "dz = w[:, None] * g *", "dz = g *"),
-    Mutation("up-missing-in-dz", "gated", "grouped_gemm.py", "dz = dz * up", "dz = dz"),
-    Mutation("b2-missing-in-dw", "experts", "grouped_gemm.py", "dw += rows_dot(", "dw += 0.0 * rows_dot("),
+    Mutation("z-of-other-columns", "experts", "dz.py", "live, h + AHEAD * DZ_COLUMNS, H", "live, h, H"),
+    Mutation("w-missing-in-dz", "experts", "dz.py", "dz = w[:, None] * g *", "dz = g *"),
+    Mutation("up-missing-in-dz", "gated", "dz.py", "dz = dz * up", "dz = dz"),
+    Mutation("b2-missing-in-dw", "experts", "dz.py", "dw += rows_dot(", "dw += 0.0 * rows_dot("),
     Mutation(
         "w-missing-in-combine", "experts", "combine.py", "value = value * tl.load(", "value = value + 0.0 * tl.load("
     ),
