@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,10 @@ def manifests() -> list[ModelManifest]:
 
 @dataclass
 class Prompt:
-    """One request, ready for the processor."""
+    """One request, ready to be tokenized. contents: the spans of characters in its text that people wrote."""
 
     text: str
+    contents: list[tuple[int, int]]
     images: list
     task: str
     categories: dict[str, str]
@@ -137,6 +139,7 @@ class LibMoEFast(lmms):
 
         import libmoe_fast
         from libmoe_fast.analysis import RoutingCounts
+        from libmoe_fast.train.model import image_tokens
 
         self._model = libmoe_fast.load_model(folder, dtype=_torch_dtype(dtype), backend=backend)
         self._model.to(self._device).eval()
@@ -148,6 +151,7 @@ class LibMoEFast(lmms):
             ) from error
         self._tokenizer = self._processor.tokenizer
         self._tokenizer.padding_side = "left"  # a generated token follows the prompt, not padding
+        self._image_tokens = image_tokens(self._model)
         self._counts = RoutingCounts(list(libmoe_fast.moe_layers(self._model)))
 
     # ---- what lmms-eval calls
@@ -200,10 +204,9 @@ class LibMoEFast(lmms):
     def _prompt(self, request: Instance, messages: Callable[[Mapping], list[dict]]) -> Prompt:
         *_, task, _ = request.args
         document = self._document(request)  # once: reading it decodes its images
-        text, images = self._render(messages(document))
-        return Prompt(text, images, task, _categories(task, document))
+        return self._render(messages(document), task, _categories(task, document))
 
-    def _render(self, messages: list[dict]) -> tuple[str, list]:
+    def _render(self, messages: list[dict], task: str = "", categories: Mapping[str, str] | None = None) -> Prompt:
         """The chat as text with one `<image>` per image, and the images, squared as they were in training."""
         from lmms_eval.protocol import ChatMessages
 
@@ -214,26 +217,31 @@ class LibMoEFast(lmms):
                 "the task asks about video or audio; these checkpoints read text and images: leave it out"
             )
         rendered = chat.to_hf_messages()
-        for part in (part for message in rendered for part in message["content"] if part["type"] == "text"):
-            part["text"] = part["text"].replace(self._processor.image_token, "")  # it would stand for an image
-        text = self._processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
-        return text, [self._prepared(image) for image in images]
+        parts = [part for message in rendered for part in message["content"] if part["type"] == "text"]
+        written = [part["text"].replace(self._processor.image_token, "") for part in parts]  # it would be an image
+        for number, part in enumerate(parts):
+            part["text"] = f"{_BLANK}{_MARK}{number}{_MARK}{_BLANK}"
+        frame = self._processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+        text, contents = _filled(frame, written)
+        return Prompt(text, contents, [self._prepared(image) for image in images], task, dict(categories or {}))
 
     def _prepared(self, image: Any):
         from libmoe_fast.train.images import prepare_image
 
         return prepare_image(image, self._processor.image_processor, self._image_aspect)
 
-    def _inputs(self, texts: list[str], images: list) -> dict[str, torch.Tensor]:
-        encoded = self._processor(
-            text=texts,
-            images=images or None,
-            padding=True,
-            add_special_tokens=False,  # the chat template writes them
-            return_tensors="pt",
-        ).to(self._device)
-        if "pixel_values" in encoded:
-            encoded["pixel_values"] = encoded["pixel_values"].to(self._model.dtype)
+    def _inputs(self, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
+        from libmoe_fast.train.chat import encode_prompt
+
+        rows = [
+            encode_prompt(prompt.text, prompt.contents, self._tokenizer, image_tokens=self._image_tokens)
+            for prompt in prompts
+        ]
+        encoded = self._tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt").to(self._device)
+        images = [image for prompt in prompts for image in prompt.images]
+        if images:
+            pixels = self._processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+            encoded["pixel_values"] = pixels.to(self._device, self._model.dtype)
         return dict(encoded)
 
     def _answer(self, requests: list[Instance], messages: Callable[[int, Mapping], list[dict]]) -> list[str]:
@@ -257,8 +265,7 @@ class LibMoEFast(lmms):
     @torch.inference_mode()
     def _generate(self, prompts: list[Prompt], settings: Mapping[str, Any]) -> list[str]:
         options = _generation_options(settings, self._max_new_tokens)
-        images = [image for prompt in prompts for image in prompt.images]
-        inputs = self._inputs([prompt.text for prompt in prompts], images)
+        inputs = self._inputs(prompts)
         self._check_length(inputs["input_ids"].shape[1], options["max_new_tokens"])
         with self._counting(prompts, options):
             output = self._model.generate(**inputs, **options, pad_token_id=self._tokenizer.pad_token_id)
@@ -276,9 +283,11 @@ class LibMoEFast(lmms):
 
     @torch.inference_mode()
     def _score(self, messages: list[dict], continuation: str) -> tuple[float, bool]:
-        text, images = self._render(messages)
-        prompt = self._inputs([text], images)["input_ids"][0]
-        inputs = self._inputs([text + continuation], images)
+        asked = self._render(messages)
+        whole = asked.text + continuation
+        answered = replace(asked, text=whole, contents=[*asked.contents, (len(asked.text), len(whole))])
+        prompt = self._inputs([asked])["input_ids"][0]
+        inputs = self._inputs([answered])
         ids = inputs["input_ids"][0]
         shared = min(len(prompt), len(ids))
         differs = (prompt[:shared] != ids[:shared]).nonzero()
@@ -310,6 +319,24 @@ class LibMoEFast(lmms):
                 counts.merge(other)
         if self._rank == 0:
             counts.save(path)
+
+
+_MARK = "\ue000"  # of a place in a rendered chat: private use, in no tokenizer and no template
+_BLANK = "\u2003"  # around it, an em space: gone where the template strips what it is given
+
+
+def _filled(frame: str, written: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """A rendered chat with what people wrote in its places, and the spans of characters that this takes."""
+    text, contents = "", []
+    for i, piece in enumerate(re.split(f"({_BLANK}?{_MARK}[0-9]+{_MARK}{_BLANK}?)", frame)):
+        if i % 2:
+            content = written[int(piece.strip(_BLANK).strip(_MARK))]
+            content = content if piece.startswith(_BLANK) else content.lstrip()
+            content = content if piece.endswith(_BLANK) else content.rstrip()
+            contents.append((len(text), len(text) + len(content)))
+            piece = content
+        text += piece
+    return text, contents
 
 
 class _Rounds:

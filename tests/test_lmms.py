@@ -17,7 +17,7 @@ from PIL import Image
 from libmoe_fast import CheckpointError, ConfigError, load_model, moe_layers, record_routing
 from libmoe_fast.analysis import RoutingCounts
 from libmoe_fast.evaluate import EvaluateConfig, evaluate
-from libmoe_fast.lmms import LibMoEFast, _cut, _generation_options
+from libmoe_fast.lmms import LibMoEFast, _cut, _filled, _generation_options
 
 TOKENS = {"vision": 17, "projector": 16}  # 32 x 32 pixels in patches of 8, and CLIP's class token, which is dropped
 TOP_K = 2
@@ -133,6 +133,34 @@ def test_an_image_token_in_a_question_is_no_image(plugin, documents):
     plain, tagged = ({**documents[0], "question": q} for q in ("What digit?", "What<image> digit?"))
     answers = model.generate_until(requests(model, [plain, tagged]))
     assert answers[0] == answers[1] != ""
+
+
+def test_plain_prompts_are_what_the_processor_makes_of_them(plugin, documents):
+    model = plugin()
+    prompts = [model._render(messages(doc)) for doc in documents]
+    ours = model._inputs(prompts)
+    theirs = model._processor(
+        text=[prompt.text for prompt in prompts],
+        images=[image for prompt in prompts for image in prompt.images],
+        padding=True,
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("frame", "filled"),
+    [
+        ("<s>user: \u2003\ue0000\ue000\u2003</s>", "<s>user:  a b </s>"),  # the template keeps what it is given
+        ("<s>user: \ue0000\ue000</s>", "<s>user: a b</s>"),  # or strips it
+    ],
+)
+def test_contents_are_found_in_any_template(frame, filled):
+    text, ((start, stop),) = _filled(frame, [" a b "])
+    assert (text, text[start:stop].strip()) == (filled, "a b")
 
 
 def test_padding_requests_count_nothing(plugin, documents):
@@ -279,23 +307,31 @@ def test_only_one_batch_of_images_is_in_memory(plugin, documents):
     assert answered == [2, 4, 5]
 
 
+QUESTIONS = {
+    "plain": "What digit?",
+    "control-tokens": "Is <|end|>, <s> or <|assistant|> in it? ",  # Phi-3's <|end|> would take the blank after it along
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
 @pytest.mark.parametrize("aspect", ["pad", "none"])
-def test_it_asks_as_training_taught(plugin, tmp_path, aspect):
+def test_it_asks_as_training_taught(plugin, tmp_path, aspect, question):
     """Tokens and pixels of a question are those that training saw before the answer; the image is not square."""
     from libmoe_fast.train.config import DataConfig
     from libmoe_fast.train.data import ConversationDataset
 
     noise = np.random.RandomState(0).randint(0, 255, (20, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "wide.png")
-    turns = [{"from": "human", "value": "<image>\nWhat digit?"}, {"from": "gpt", "value": "7"}]
+    question = question.strip()  # as a record's is
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "7"}]
     (tmp_path / "one.json").write_text(json.dumps([{"id": "1", "image": "wide.png", "conversations": turns}]))
     model = plugin(image_aspect=aspect)
     config = DataConfig(file=str(tmp_path / "one.json"), image_aspect=aspect)
     sample = ConversationDataset(config, model._processor, image_tokens=16, template="phi3")[0]
     answer = next(i for i, label in enumerate(sample.labels) if label != -100)
 
-    text, images = model._render(messages({"image": tmp_path / "wide.png", "question": "What digit?"}))
-    asked = model._inputs([text], images)
+    prompt = model._render(messages({"image": tmp_path / "wide.png", "question": question}))
+    asked = model._inputs([prompt])
     assert asked["input_ids"][0].tolist() == sample.ids[:answer]
     torch.testing.assert_close(asked["pixel_values"][0], sample.pixels)
 

@@ -1,6 +1,6 @@
 """Chat formats: conversations to text, and text to tokens with labels on the answers only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,21 +89,14 @@ def encode(
         DataError: max_length cuts into the image, or leaves no answer.
     """
     text, questions, answers = template.render(turns, tokenizer.bos_token or "")
-    contents = [*questions, *answers]
     labelled = [(start, end + len("<|end|>")) for start, end in answers]
-    control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     image_at = questions[0][0] if turns[0][0].startswith(IMAGE) else None  # conversation_turns puts it there
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
     labels: list[int] = []
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token == image_id and image_at is not None and start <= image_at < end:
-            ids += [token] * image_tokens
-            labels += [IGNORED] * image_tokens
-            continue
-        written = token in control and _within(start, contents)
-        tokens = plain_ids(text[start:end], tokenizer) if written else [token]
+    for start, tokens in tokenize(text, [*questions, *answers], tokenizer, image_at=image_at):
+        if tokens == [image_id]:
+            tokens = tokens * image_tokens
         ids += tokens
         labels += tokens if _within(start, labelled) else [IGNORED] * len(tokens)
     if image_id in ids[max_length:]:
@@ -112,6 +105,28 @@ def encode(
     if all(label == IGNORED for label in labels):
         raise DataError(f"no answer is left within max_length {max_length}; raise data.max_length")
     return ids, labels
+
+
+def encode_prompt(text: str, contents: Sequence[Span], tokenizer: Any, *, image_tokens: int) -> list[int]:
+    """Token ids of a rendered chat that asks for an answer; what people wrote, `contents`, stays text as in `encode`."""
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    found = tokenize(text, contents, tokenizer)
+    return [token for _, tokens in found for token in (tokens * image_tokens if tokens == [image_id] else tokens)]
+
+
+def tokenize(
+    text: str, contents: Sequence[Span], tokenizer: Any, *, image_at: int | None = None
+) -> Iterator[tuple[int, list[int]]]:
+    """The text's tokens, each with the character that it starts at; control tokens inside `contents` are spelled out.
+
+    image_at: where an `<image>` inside them does stand for an image.
+    """
+    control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        written = token in control and _within(start, contents)
+        is_image = image_at is not None and start <= image_at < end
+        yield start, plain_ids(text[start:end], tokenizer) if written and not is_image else [token]
 
 
 def _within(position: int, spans: Sequence[Span]) -> bool:
