@@ -30,9 +30,7 @@ def build(case: Case, device: torch.device) -> Arena:
     calls = {OURS: lambda: route(router, x, losses, backend)}
     if backend != "reference":  # which is that very code
         calls["plain PyTorch"] = lambda: route(router, *widen(router, (x,)), losses, "reference")
-    entrants = {
-        name: entrant(case, call, module=router, inputs=(x,), grad=grad) for name, call in calls.items()
-    }
+    entrants = {name: entrant(case, call, module=router, inputs=(x,), grad=grad) for name, call in calls.items()}
     passes = 3 if case.mode == "fwd+bwd" else 1  # x; x again, and its gradient
     return Arena(entrants, "memory copy", partial(copy_of, passes * x.nbytes, device), {})
 

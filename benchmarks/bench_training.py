@@ -31,8 +31,7 @@ def build(case: Case, device: torch.device) -> Arena:
     batch = make_batch(case, dense.config.image_token_id, device)
     models = {OURS: ours, LOOP: with_peer(ours, LOOP)}
     entrants = {
-        name: Entrant(training_step(model, batch), held=tuple(model.parameters()))
-        for name, model in models.items()
+        name: Entrant(training_step(model, batch), held=tuple(model.parameters())) for name, model in models.items()
     }
     return Arena(entrants, "dense model", partial(training_step, dense, batch), {})
 

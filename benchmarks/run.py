@@ -15,6 +15,8 @@ from libmoe_fast.benchmarks.measure import Contest, make_clock, make_flush, run_
 from libmoe_fast.benchmarks.results import Results, Row, Skipped, environment, rows_of, skipped_of
 from libmoe_fast.errors import BackendError, ConfigError
 
+MOST_THREADS = 4096
+
 
 def run_preset(name: str, out: Path, *, device: str | None = None, threads: int | None = None) -> Results:
     """Measures every case of a preset and writes the report into `out`, after every case what there is so far.
@@ -30,8 +32,8 @@ def run_preset(name: str, out: Path, *, device: str | None = None, threads: int 
     except ImportError as error:
         raise ConfigError(f"benchmarks need {error.name}: pip install 'libmoe_fast[bench]'") from error
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads is {threads}; it must be at least 1")
+        if not 1 <= threads <= MOST_THREADS:
+            raise ConfigError(f"threads is {threads}; it must be from 1 to {MOST_THREADS}")
         torch.set_num_threads(threads)
     results = Results(preset=name, environment=environment(target), rows=[], skipped=[])
     try:

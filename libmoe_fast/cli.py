@@ -244,7 +244,7 @@ def _with_preset_paths(arguments: list[str]) -> list[str]:
     """`--config stage3` means the packaged preset, unless there is a file of that name.
 
     Raises:
-        ConfigError: a config file is not YAML; the parser's own message would not say which.
+        ConfigError: a config file cannot be used; the parser's own message would not say which.
     """
     resolved = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -256,15 +256,12 @@ def _with_preset_paths(arguments: list[str]) -> list[str]:
 
 
 def _config_file(name: str) -> str:
-    import yaml
+    from libmoe_fast.config_files import check_config_file
 
     preset = _preset_folder() / f"{name}.yaml"
     path = preset if preset.is_file() and not Path(name).exists() else Path(name)
-    if path.is_file():
-        try:
-            yaml.safe_load(path.read_bytes())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from error
+    if path.exists():
+        check_config_file(path)
     return str(path)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import types
@@ -41,6 +42,7 @@ def fails(capsys):
         (["bench", "--preset", "quik"], "quik"),
         (["bench", "--device", "tpu"], "tpu"),
         (["bench", "--threads", "0"], "threads is 0"),
+        (["bench", "--threads", "100000000000000"], "threads is 100000000000000"),
         (["bench", "--compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
         (["bench", "--compare", "nowhere.json"], "compare"),
         (["doctor", "--jsn"], "--jsn"),
@@ -74,11 +76,40 @@ def test_wrong_moe_options_are_refused_before_anything_is_loaded(fails, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_config_files(fails, tmp_path):
+# Nine levels of ten aliases each: 10^9 values in 300 bytes.
+ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"model: {routr: smoe}", "routr"),
+        (b"optim: {lr: fast}", "lr"),
+        (b"model: [", "mine.yaml is not YAML"),
+        (b"", "mine.yaml is empty"),
+        (b"model: {stage: 1", "mine.yaml is not YAML"),
+        (b"- 1", "mine.yaml holds a list"),
+        (b"config: /etc/hostname", "mine.yaml has an option 'config'"),
+        (b"run: {seed: 1" + b"9" * 6000 + b"}", "mine.yaml is not YAML: Exceeds the limit"),
+        (b"run: {folder: 2021-02-30}", "mine.yaml is not YAML: day is out of range"),
+        ("run: {seed: 1}".encode("utf-16"), "mine.yaml is not UTF-8"),
+        (b"[" * 2000, "mine.yaml is nested"),
+        (ALIASES.encode(), "once its aliases are written out"),
+        (b"a: &a [*a]", "once its aliases are written out"),
+        (b"#" * 2**21, "mine.yaml is 2,097,152 bytes long"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else value[:12].decode("latin-1"),
+)
+def test_wrong_config_files(fails, tmp_path, content, expected):
     file = tmp_path / "mine.yaml"
-    for text, expected in (("model: {routr: smoe}", "routr"), ("model: [", "mine.yaml"), ("optim: {lr: fast}", "lr")):
-        file.write_text(text)
-        assert expected in fails("train", "--config", file)
+    file.write_bytes(content)
+    assert expected in fails("train", "--config", file)
+
+
+def test_a_config_file_that_never_ends(fails, tmp_path):
+    os.mkfifo(tmp_path / "mine.yaml")
+    assert "mine.yaml is a pipe" in fails("train", "--config", tmp_path / "mine.yaml")
+    assert "is a folder" in fails("train", "--config", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def encode(
 
 
 def encode_prompt(text: str, contents: Sequence[Span], tokenizer: Any, *, image_tokens: int) -> list[int]:
-    """Token ids of a rendered chat that asks for an answer; what people wrote, `contents`, stays text as in `encode`."""
+    """Token ids of a rendered chat that asks for an answer; what people wrote, `contents`, stays text."""
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     found = tokenize(text, contents, tokenizer)
     return [token for _, tokens in found for token in (tokens * image_tokens if tokens == [image_id] else tokens)]

@@ -230,7 +230,31 @@ def check(config: TrainConfig) -> None:
     _require(
         not config.engine.offload or config.engine.zero_stage > 0, "engine.offload needs engine.zero_stage 1, 2 or 3"
     )
+    _check_deepspeed(config.engine.deepspeed)
     _check_model(config.model)
+
+
+# DeepSpeed's own names of what our options say; dots as levels.
+OURS = {
+    "train_micro_batch_size_per_gpu": "optim.batch_size",
+    "train_batch_size": "optim.batch_size and optim.accumulation",
+    "gradient_accumulation_steps": "optim.accumulation",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.lr and optim.warmup_ratio",
+    "bf16.enabled": "engine.dtype",
+    "fp16.enabled": "engine.dtype",
+    "zero_optimization.stage": "engine.zero_stage",
+}
+
+
+def _check_deepspeed(settings: dict[str, Any]) -> None:
+    """One setting has one place: a second one would contradict it sooner or later."""
+    for name, option in OURS.items():
+        level: Any = settings
+        for key in name.split("."):
+            level = level.get(key) if isinstance(level, dict) else None
+        _require(level is None, f"engine.deepspeed sets {name}; set {option} instead")
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from libmoe_fast.checkpoint import DEFAULT_FORMAT
-from libmoe_fast.errors import DataError
+from libmoe_fast.errors import DataError, in_one_line
 from libmoe_fast.train.chat import IGNORED, IMAGE, TEMPLATES, conversation_turns, encode
 from libmoe_fast.train.config import DataConfig
 from libmoe_fast.train.images import prepare_image
@@ -181,7 +181,7 @@ def batches(dataset: ConversationDataset, sampler: ModalityLengthSampler, collat
     """The sampler's micro-batches, loaded by the data set's worker processes.
 
     Raises:
-        DataError: a sample cannot be used.
+        DataError: a sample cannot be used, or a worker process died.
     """
     loader = DataLoader(
         _ErrorsAsValues(dataset),
@@ -193,10 +193,18 @@ def batches(dataset: ConversationDataset, sampler: ModalityLengthSampler, collat
         worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # its own: drawing worker seeds from the global one would change a resumed run
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"a process that loads images died ({in_one_line(error)}); memory may have run out: lower data.workers, or "
+            "look for huge images; the same command goes on"
+        ) from error
 
 
 def _leave_signals_to_parent(worker: int) -> None:

@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from libmoe_fast.errors import ConfigError, in_one_line
 from libmoe_fast.train.config import TrainConfig
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start_processes() -> None:
@@ -28,14 +31,30 @@ def start_processes() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized():
         return
-    if "WORLD_SIZE" not in os.environ:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    if not _launched():
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed()
     if dist.get_rank() > 0:
         transformers.utils.logging.disable_progress_bar()  # one bar for loading weights is enough
     atexit.register(_stop_processes)
+
+
+def _launched() -> bool:
+    """Whether a launcher has started this process as one of several, or of one.
+
+    Raises:
+        ConfigError: its variables say so in part only.
+    """
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if missing and processes != "1":
+        raise ConfigError(
+            f"WORLD_SIZE is {processes!r}, but {', '.join(missing)} is not set; start with torchrun or deepspeed, "
+            "which set them all, or unset WORLD_SIZE to train in one process"
+        )
+    return not missing
 
 
 def _stop_processes() -> None:
@@ -77,9 +96,15 @@ def make_engine(model: nn.Module, config: TrainConfig) -> Any:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optim = config.optim
     optimizer = torch.optim.AdamW(trainable, lr=optim.lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=trainable, optimizer=optimizer, config=deepspeed_config(config)
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=trainable, optimizer=optimizer, config=deepspeed_config(config)
+        )
+    # DeepSpeed checks its settings by assertions, pydantic and errors of its own; what is ours to set is right.
+    except Exception as error:
+        if not config.engine.deepspeed:
+            raise
+        raise ConfigError(f"DeepSpeed refuses its settings with engine.deepspeed: {in_one_line(error)}") from error
     return engine
 
 

@@ -122,7 +122,9 @@ class StepLog:
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1)
+            board = self.folder / "tensorboard"
+            with disk_errors(str(board)):
+                self.board = SummaryWriter(str(board), purge_step=first_step + 1)
 
     def __enter__(self) -> "StepLog":
         return self

@@ -10,12 +10,14 @@ Nothing half-written ever carries a final name: files are written under a tempor
 renamed, so a run killed at any moment finds its last whole checkpoint.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import random
 import shutil
 import uuid
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ from libmoe_fast.train.engine import collect_from_ranks
 
 SEEN = ".seen.partial"  # there while a run starts; one that a killed run left is removed like all that is half-written
 WEIGHTS_SAMPLED = 256, 1 << 16  # blocks per file of weights, bytes per block
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what locking says there
 # torch's zip writer reports a full disk as a RuntimeError with one of these.
 TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")
 
@@ -95,6 +98,15 @@ class RunFolder:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process trains in {self.path}; wait, or choose another run.folder") from None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            warnings.warn(
+                f"the file system of {self.path} has no locks ({error.strerror}): nothing keeps a second run out of it",
+                stacklevel=2,
+            )
+        if self.final.exists() and not self.final.is_dir():
+            raise ConfigError(f"{self.final} is a file, but the trained model goes there; choose another run.folder")
         for partial in [*self.checkpoints.glob(".*.partial"), *self.path.glob(".*.partial")]:
             _remove(partial)
         file = self.path / "config.yaml"

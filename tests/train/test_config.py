@@ -22,7 +22,7 @@ from libmoe_fast.train.config import (
     flatten,
     plain,
 )
-from libmoe_fast.train.engine import deepspeed_config
+from libmoe_fast.train.engine import LAUNCHER_VARIABLES, _launched, deepspeed_config
 
 PRESETS = Path(libmoe_fast.train.__path__[0]) / "presets"
 
@@ -167,3 +167,39 @@ def test_deepspeed_options_are_merged(good):
 
 def test_flatten():
     assert flatten({"run": {"folder": "x", "seed": 1}}) == {"run.folder": "x", "run.seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"train_batch_size": 7}, "optim.batch_size and optim.accumulation"),
+        ({"gradient_accumulation_steps": 2}, "optim.accumulation"),
+        ({"bf16": {"enabled": False}}, "engine.dtype"),
+        ({"zero_optimization": {"stage": 1}}, "engine.zero_stage"),
+        ({"optimizer": {"type": "Adam"}}, "optim"),
+    ],
+)
+def test_a_setting_has_one_place(good, settings, expected):
+    good.engine.deepspeed = settings
+    with pytest.raises(ConfigError, match=f"set {expected} instead"):
+        check(good)
+
+
+def test_other_deepspeed_settings_are_merged(good):
+    good.engine.deepspeed = {"zero_optimization": {"reduce_bucket_size": 10**6}, "wall_clock_breakdown": True}
+    check(good)
+    assert deepspeed_config(good)["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 10**6}
+
+
+def test_a_launcher_that_said_half_of_it(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert not _launched()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # left in a shell, or by a scheduler: one process all the same
+    assert not _launched()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        _launched()
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.setenv(name, "2")
+    assert _launched()

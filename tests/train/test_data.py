@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -220,6 +222,15 @@ def test_broken_image_is_named_or_replaced(workers, folder, processor):
     assert batch.inputs["pixel_values"].shape[0] == 3  # another image stands in, not the text between them
     assert len(batch.skipped) == 1
     assert "record 1 (id 'n1')" in batch.skipped[0]
+
+
+def test_a_killed_worker_is_one_line(folder, processor, monkeypatch):
+    monkeypatch.setattr(ConversationDataset, "_pixels", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    dataset = open_dataset(folder, [good(0)], processor)
+    dataset.config.workers = 1
+    with pytest.raises(DataError, match=r"a process that loads images died .*worker.*: lower data") as error:
+        list(batches(dataset, sampler(dataset, 1), make_collator(processor, IMAGE_TOKENS)))
+    assert "\n" not in str(error.value)
 
 
 def test_all_images_broken(folder, processor):

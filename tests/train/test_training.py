@@ -451,3 +451,31 @@ def test_broken_image_stops_or_is_counted(tmp_path, model):
     assert "record 5 (id 'image5')" in listed[0]
     lines = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
     assert [line["skipped_samples"] for line in lines] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [("final", {}, "final is a file"), ("tensorboard", {"run__tensorboard": True}, "tensorboard cannot be written")],
+)
+def test_files_where_folders_belong(tmp_path, model, images, name, options, expected):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("notes")
+    with pytest.raises((ConfigError, CheckpointError), match=expected):
+        train(make_config(tmp_path / "run", model, images, **options))
+    assert (tmp_path / "run" / name).read_text() == "notes"
+
+
+def test_a_file_system_without_locks(tmp_path, model, images, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(state.fcntl, "lockf", no_locks)
+    with pytest.warns(UserWarning, match="has no locks"):
+        train(make_config(tmp_path / "run", model, images, optim__max_steps=1))
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_settings_that_deepspeed_refuses(tmp_path, model, images):
+    settings = {"zero_optimization": {"reduce_bucket_size": "many"}}
+    with pytest.raises(ConfigError, match=r"DeepSpeed refuses its settings .*reduce_bucket_size"):
+        train(make_config(tmp_path / "run", model, images, engine__deepspeed=settings))
