@@ -97,11 +97,9 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
         raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json; give a folder save_model wrote")
     import transformers
 
-    try:
+    with _reading(folder / "config.json"):
         config = transformers.AutoConfig.from_pretrained(folder)
         cls = getattr(transformers, (config.architectures or ["LlavaForConditionalGeneration"])[0])
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json is not a model configuration: {in_one_line(error)}") from error
     if not (folder / RECIPE_FILE).exists():
         if (found := getattr(config, RECIPE_KEY, None)) is not None:
             layers = check_recipe(found, folder / "config.json")["layers"]
@@ -110,12 +108,26 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
             return model
         return _load_stock(cls, folder, dtype)
 
-    with _empty_weights():
+    with _reading(folder / "config.json"), _empty_weights():
         model = cls(config)
     load_weights(model, folder, dtype=dtype, backend=backend)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        with _reading(folder / "generation_config.json"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Where transformers, safetensors and torch read a file: they raise errors of no common kind on a damaged one."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be loaded; it may be missing, truncated or damaged: {in_one_line(error)}"
+        ) from error
 
 
 def _empty_weights() -> contextlib.AbstractContextManager:
@@ -140,13 +152,10 @@ def load_weights(
     """
     folder = Path(folder)
     recipe = read_recipe(folder)
-    layers = {name: MoE(**config, backend=backend, device="meta") for name, config in recipe["layers"].items()}
-    try:
+    with _reading(folder / RECIPE_FILE):
+        layers = {name: MoE(**config, backend=backend, device="meta") for name, config in recipe["layers"].items()}
+    with _reading(folder / WEIGHTS_FILE):
         state_dict = _read_weights(folder / WEIGHTS_FILE, dtype)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} is missing, truncated or no safetensors file: {in_one_line(error)}"
-        ) from error
     try:
         install(model, layers)
         missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
@@ -211,10 +220,8 @@ def _swapped(cls: type, layers: dict[str, dict], backend: str | None) -> type:
 
 
 def _load_stock(cls: type, folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    try:
+    with _reading(folder):
         model, report = cls.from_pretrained(folder, **_dtype_option(dtype or "auto"), output_loading_info=True)
-    except (OSError, SafetensorError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {in_one_line(error)}") from error
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected or report["mismatched_keys"]:
         raise CheckpointError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from libmoe_fast import ops
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.reference import ACTIVATIONS
-from libmoe_fast.spec import Routing, check_choice
+from libmoe_fast.spec import Routing, check_choice, check_size
 
 
 class Experts(nn.Module):
@@ -35,9 +35,16 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("activation", activation, tuple(ACTIVATIONS))
+        check_choice("gated", gated, (False, True))
+        sizes = {"in_features": in_features, "hidden_features": hidden_features, "out_features": out_features}
+        for name, size in (sizes | {"num_experts": num_experts}).items():
+            check_size(name, size)
+        both = [bias, bias] if isinstance(bias, bool) else bias
+        if not isinstance(both, list | tuple) or [type(each) for each in both] != [bool, bool]:
+            raise ConfigError(f"bias is {bias!r}; give True or False, or such a pair for the two layers")
         self.in_features, self.hidden_features, self.out_features = in_features, hidden_features, out_features
         self.num_experts, self.activation, self.gated = num_experts, activation, gated
-        self.bias = (bias, bias) if isinstance(bias, bool) else tuple(bias)
+        self.bias = tuple(both)
         up_rows = hidden_features * (2 if gated else 1)
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -7,7 +7,6 @@ weights (ops.attach_aux_loss), so training code that only knows `loss.backward()
 """
 
 import contextlib
-import math
 import warnings
 from typing import Literal
 
@@ -18,7 +17,7 @@ from libmoe_fast import loss_scale, ops
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.experts import Experts
 from libmoe_fast.routers import build_router, check_router_options
-from libmoe_fast.spec import LossOptions, Routing, check_choice
+from libmoe_fast.spec import LossOptions, Routing, check_choice, check_not_negative
 
 # Reentrant checkpointing runs every forward without gradients once, and once more with them: one or two say nothing.
 UNTRAINED_FORWARDS = 3
@@ -112,8 +111,7 @@ class MoE(nn.Module):
         check_choice("balance_scope", balance_scope, ("sequence", "batch"))
         check_choice("aux_mode", aux_mode, ("attach", "return", "off"))
         for name, value in {"balance_coef": balance_coef, "z_coef": z_coef, "aux_weight": aux_weight}.items():
-            if not 0 <= value < math.inf:  # NaN is neither
-                raise ConfigError(f"{name} is {value}; it must be a number of at least 0")
+            check_not_negative(name, value)
         weight = experts.w1
         check_router_options(router, router_options)
         self.router = build_router(
@@ -187,7 +185,7 @@ class MoE(nn.Module):
         }
 
     def _check(self, x: Tensor) -> None:
-        if x.shape[-1] != self.experts.in_features:
+        if x.ndim == 0 or x.shape[-1] != self.experts.in_features:
             raise ConfigError(
                 f"tokens have shape {tuple(x.shape)}, but this MoE takes [..., D] with D = {self.experts.in_features}"
             )

@@ -50,6 +50,8 @@ def find_router(name: str) -> type["Router"]:
 
     Raises ConfigError for an unknown name or an import that fails.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"router is {name!r}; give a name, one of {', '.join(ROUTERS)}")
     if name in ROUTERS:
         return ROUTERS[name]
     module, _, attribute = name.partition(":")
@@ -59,7 +61,7 @@ def find_router(name: str) -> type["Router"]:
         )
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"router {name!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Router)):
         raise ConfigError(f"router {name!r} is not a subclass of libmoe_fast.Router")
@@ -80,6 +82,8 @@ def build_router(name: str, dim: int, num_experts: int, top_k: int, **options) -
 def check_router_options(name: str, options: dict | None) -> None:
     """Raises ConfigError for options that router `name` does not have; device and dtype are the layer's."""
     known = [o for o in inspect.signature(find_router(name)).parameters if o not in (*SIZES, *PLACES)]
+    if not isinstance(options or {}, dict) or not all(isinstance(option, str) for option in options or {}):
+        raise ConfigError(f"router_options is {options!r}; give options by name, as in {{'temperature': 0.5}}")
     if unknown := sorted(set(options or {}) - set(known)):
         raise ConfigError(f"router {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
 

@@ -41,8 +41,8 @@ class RouterSpec:
     encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise ConfigError(f"num_experts is {self.num_experts}; it must be at least 1")
+        check_size("num_experts", self.num_experts)
+        check_size("top_k", self.top_k)
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
                 f"top_k is {self.top_k} with num_experts {self.num_experts}; choose 1 <= top_k <= num_experts"
@@ -51,9 +51,7 @@ class RouterSpec:
             if choices := get_args(hint):
                 check_choice(name, getattr(self, name), choices)
         for name in ("tau", "noise_std"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ConfigError(f"{name} is {value!r}; it must be a finite number and not negative")
+            check_not_negative(name, getattr(self, name))
         words = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.init)
         object.__setattr__(self, "encoded", " ".join(words))
 
@@ -153,8 +151,23 @@ class LossOptions(NamedTuple):
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ConfigError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str | bool) or value not in choices:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+LARGEST_SIZE = 2**31 - 1  # of one side of a tensor
+
+
+def check_size(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a whole number that a side of a tensor can have."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIZE:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number of at least 0")
 
 
 def check_positive(name: str, value: object) -> None:

@@ -480,7 +480,7 @@ def test_pytest_suite_measures_with_the_flag(given, tmp_path):
         text=True,
         env=environment,
         cwd=Path(__file__).parents[1],
-        timeout=200,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "time / limit" in done.stdout

@@ -178,7 +178,7 @@ def transpose_experts(weights):
     [
         pytest.param(lambda f: truncate(f / "libmoe_fast.safetensors"), "truncated", id="truncated-weights"),
         pytest.param(lambda f: truncate(f / "libmoe_fast.json"), "damaged", id="truncated-recipe"),
-        pytest.param(lambda f: truncate(f / "config.json"), "not a model configuration", id="truncated-config"),
+        pytest.param(lambda f: truncate(f / "config.json"), "config.json cannot be loaded", id="truncated-config"),
         pytest.param(lambda f: (f / "config.json").unlink(), "no config.json", id="no-config"),
         pytest.param(lambda f: (f / "libmoe_fast.safetensors").unlink(), "missing", id="no-weights"),
         pytest.param(lambda f: edit_recipe(f, version=2), "version 2.*reads .*stacked' version 1", id="version"),

@@ -250,6 +250,6 @@ def test_help_imports_nothing_heavy():
         "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
         f"sys.exit([m for m in {heavy} if m in sys.modules] or None)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "--optim.lr" in done.stdout

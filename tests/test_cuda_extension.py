@@ -63,7 +63,7 @@ def program(objects, tmp_path_factory) -> Path:
 
 def run(program: Path, kernel: str, order: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "LIBMOE_FAST_THREAD_ORDER": order}
-    return subprocess.run([program, kernel], capture_output=True, text=True, env=environment, timeout=200)
+    return subprocess.run([program, kernel], capture_output=True, text=True, env=environment, timeout=900)
 
 
 def mutated(objects, kernel: str, before: str, after: str, folder: Path) -> Path:

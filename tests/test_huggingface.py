@@ -301,4 +301,4 @@ def test_an_interface_that_takes_no_other_experts(monkeypatch):
 
 def test_import_leaves_transformers_and_the_compiler_alone():
     code = "import sys, libmoe_fast.huggingface; assert not {'transformers', 'torch._dynamo'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900)

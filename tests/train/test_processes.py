@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
     images, mixed = write_data(folder / "images", images=24, texts=0), write_data(folder / "mixed", images=3, texts=3)
     script = Path(__file__).with_name("process_runs.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, script, folder / "two", model, images, mixed], check=True, timeout=200)
+    subprocess.run([*torchrun, script, folder / "two", model, images, mixed], check=True, timeout=900)
     train(make_config(folder / "one", model, images))
     options = {"optim__batch_size": 2, "optim__max_steps": None, "model__balance_coef": 0.0, "model__z_coef": 0.0}
     train(make_config(folder / "one_mixed", model, mixed, **options))
