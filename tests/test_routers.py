@@ -236,7 +236,7 @@ def test_router_is_found_by_import_path():
         pytest.param("smoe", (4, 0), {}, "top_k is 0", id="K=0"),
         pytest.param("smoe", (4, 2), {"tau": 1}, "no option tau; it has: noise, noise_std", id="option"),
         pytest.param("smoe", (4, 2), {"noise": "loud"}, "noise is 'loud'", id="choice"),
-        pytest.param("smoe", (4, 2), {"noise_std": -1.0}, "negative", id="negative"),
+        pytest.param("smoe", (4, 2), {"noise_std": -1.0}, "noise_std is -1.0", id="negative"),
         pytest.param("cosine", (4, 2), {"temperature": 0.0}, "must be a positive", id="temperature"),
         pytest.param("cosine", (4, 2), {"proj_dim": 0}, "proj_dim is 0", id="proj_dim"),
         pytest.param("sigmoid", (4, 2), {"normalize": "max"}, "normalize is 'max'", id="normalize"),
