@@ -5,8 +5,8 @@ tiles on 132 multiprocessors take as long as 264. So each of the last round's ti
 
     split_last_round   tiles -> whole, parts, items   items 0..whole are tiles, the others parts of those that are left
     part_of_tile       item -> tile, part, parts      one program has one part, neighbours those of one tile
-    finish             a whole tile is stored; a part goes to its program's slot and raises the slot's flag, and the
-                       last part of a tile waits for the others' flags, adds up the slots in their order, and stores
+    finish             a whole tile is stored; a part goes to its program's slot and raises the slot's flag, but the
+                       last part of a tile takes the others' flags, adds up the slots in their order, and stores
 
 The order of all sums follows from the sizes, so the bits repeat. Only a later program waits for an earlier one, which
 the device started before it: no program waits for one that has no place to run.
@@ -49,7 +49,7 @@ def part_of_depth(part, parts, depth, BK: tl.constexpr):
 
 @triton.jit
 def lower(flags_ptr, FLAGS: tl.constexpr):
-    """Lowers all flags, in a kernel before the one that raises them."""
+    """Lowers all flags, fresh memory, in a kernel before the one that raises them."""
     if tl.program_id(0) == 0:
         tl.store(flags_ptr + tl.arange(0, FLAGS), tl.zeros((FLAGS,), tl.int32))
 
@@ -63,24 +63,26 @@ def finish(
         store_columns(tile, out_ptr, row, live, column + tl.arange(0, BN), COLUMNS)
     else:
         slot = tl.program_id(0)
-        hand_over(tile, slots_ptr + slot.to(tl.int64) * (BM * BN), flags_ptr + slot, BM, BN)
-        if part == parts - 1:
+        put(tile, slots_ptr + slot.to(tl.int64) * (BM * BN), BM, BN)
+        if part < parts - 1:
+            tl.atomic_xchg(flags_ptr + slot, 1, sem="release")
+        else:
             first = slot - part
-            await_flags(flags_ptr, first, slot)
+            take_flags(flags_ptr, first, slot)
             add_slots(slots_ptr + first.to(tl.int64) * (BM * BN), out_ptr, row, live, column, COLUMNS, parts, BM, BN)
 
 
 @triton.jit
-def hand_over(tile, slot_ptr, flag_ptr, BM: tl.constexpr, BN: tl.constexpr):
+def put(tile, slot_ptr, BM: tl.constexpr, BN: tl.constexpr):
     tl.store(slot_ptr + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], tile)
-    tl.debug_barrier()  # all threads' stores come before the flag
-    tl.atomic_xchg(flag_ptr, 1, sem="release")
+    tl.debug_barrier()  # all threads' stores come before what follows
 
 
 @triton.jit
-def await_flags(flags_ptr, first, stop):
+def take_flags(flags_ptr, first, stop):
+    """Waits for flags and lowers them: a launch leaves them as it found them, however often the tuner repeats it."""
     for other in range(first, stop):
-        while tl.atomic_cas(flags_ptr + other, 1, 1, sem="acquire") != 1:
+        while tl.atomic_cas(flags_ptr + other, 1, 0, sem="acquire") != 1:
             pass
 
 

@@ -120,6 +120,7 @@ TILES: dict[str, dict[str, Row]] = {
             **dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
             "up": (Tile(BM=64, BN=64, BK=32, stages=2),),
             "up_gated": (_NARROW_32,),
+            "down": (_NARROW_32,),
             "dz_gated": (_NARROW_32,),
             "dx": (_SMALL_32,),
             "dw1": (_SMALL_32,),
@@ -154,7 +155,12 @@ ODD_TILES: dict[str, dict[str, dict[str, Tile]]] = {
         "tf32x3": _ODD_16,
         "ieee": _ODD_IEEE | dict.fromkeys(("dw1", "dw2"), Tile(BM=32, BN=32, BK=16, stages=2)),
     },
-    "sm100": {**dict.fromkeys(("16-bit", *PRECISIONS), _ODD), "ieee": _ODD_IEEE},
+    "sm100": {
+        "16-bit": _ODD | {"dx": Tile(BM=64, BN=32, BK=32, stages=2)},
+        "tf32": _ODD,
+        "tf32x3": _ODD,
+        "ieee": _ODD_IEEE,
+    },
     "gfx942": dict.fromkeys(("16-bit", *PRECISIONS), _ODD),
 }
 # Its cost is the number of programs and steps, whatever their size.

@@ -160,3 +160,14 @@ def test_frozen_experts_launch_no_weight_gradients():
     assert "weight_grad" not in names
     assert frozen.keys() == {"y", "dx", "dweights"}
     assert all(torch.equal(frozen[name], full[name]) for name in frozen)
+
+
+def test_a_launch_lowers_the_flags_that_it_raised():
+    """The tuner launches a kernel many times over: each waits for its own parts, not for those of the one before."""
+    launches = []
+    case = ExpertCase(**LAST_ROUND)
+    with observing(launches.append):
+        run_experts(KERNELS, case, expert_data(case))
+    flags = [launch.args["flags_ptr"] for launch in launches if launch.name in ("down", "dx")]
+    assert len(flags) == 2
+    assert not any(each.any() for each in flags)
