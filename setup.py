@@ -183,6 +183,8 @@ def extension_options():
         "-Wall",
         # No fused multiply-add: one result, bit for bit, on every machine.
         "-ffp-contract=off",
+        # Nobody reads exception flags; with them, a comparison is a branch, and AVX2 loops stay scalar.
+        "-fno-trapping-math",
         "-fvisibility=hidden",
         "-g0",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",

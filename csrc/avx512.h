@@ -41,6 +41,11 @@ inline bool has_avx512() {
   return supported;
 }
 
+inline bool has_avx2() {
+  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return supported;
+}
+
 inline bool has_avx512_bf16() {
   static const bool supported = has_avx512() && __builtin_cpu_supports("avx512bf16") && allowed_isa() == Isa::all;
   return supported;

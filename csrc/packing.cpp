@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "avx2.h"
 #include "avx512.h"
 #include "sanitizer.h"
 
@@ -186,16 +187,19 @@ LIBMOE_FAST_AVX512 void pack_tile_across_words(const float* tile, int rows, uint
 
 template <typename T>
 void pack_tile_along(const float* tile, int rows, uint32_t* packed) {
+  if (!has_avx512()) return avx2::pack_tile_along<T>(tile, rows, packed);
   pack_tile_along_words(tile, rows, packed, T());
 }
 
 template <typename T>
 void pack_tile_across(const float* tile, int rows, uint32_t* packed) {
+  if (!has_avx512()) return avx2::pack_tile_across<T>(tile, rows, packed);
   pack_tile_across_words(tile, rows, packed, T());
 }
 
 template <typename T>
 void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed) {
+  if (!has_avx512()) return avx2::pack_along<T>(rows, count, elements, steps, width, packed);
   const auto* bytes = reinterpret_cast<const char* const*>(rows);
   for (int first = 0; first < width; first += 16) {
     const auto columns = static_cast<__mmask16>((1u << std::min(16, width - first)) - 1);
@@ -211,9 +215,15 @@ void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t 
   constexpr int64_t kBlockSteps = 8;
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
     for (int64_t panel = 0; panel * width < columns; ++panel) {
-      pack_across_words(rows + step * kPerWord<T>, column + panel * width,
-                        static_cast<int>(std::min<int64_t>(width, columns - panel * width)),
-                        std::min(kBlockSteps, steps - step), steps - step, width, packed + (panel * steps + step) * width);
+      const T* const* first = rows + step * kPerWord<T>;
+      const auto count = static_cast<int>(std::min<int64_t>(width, columns - panel * width));
+      const int64_t part = std::min(kBlockSteps, steps - step);
+      uint32_t* words = packed + (panel * steps + step) * width;
+      if (has_avx512()) {
+        pack_across_words(first, column + panel * width, count, part, steps - step, width, words);
+      } else {
+        avx2::pack_panel_across<T>(first, column + panel * width, count, part, width, words);
+      }
     }
   }
 }

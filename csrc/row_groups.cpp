@@ -20,7 +20,7 @@ int64_t rows_in(int64_t bytes, int64_t row_bytes) {
 
 // Splits rows evenly over the fewest tiles.
 int strip_height(int64_t rows) {
-  const int64_t even = divide_up(divide_up(rows, divide_up(rows, kTileRows)), 2) * 2;
+  const int64_t even = divide_up(divide_up(rows, divide_up(rows, best_tile_rows())), 2) * 2;
   return static_cast<int>(even);
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#include "avx2.h"
 #include "avx512.h"
 #include "packing.h"
 
@@ -13,27 +14,41 @@ namespace libmoe_fast {
 
 namespace {
 
+constexpr int64_t kFewRows = 128, kManyExperts = 16;
+
+enum class Gemm { best, torch, tiles };
+
 // The setting is checked on every machine, also where there is no choice.
-bool torch_mm_demanded() {
+Gemm demanded() {
   const char* choice = std::getenv("LIBMOE_FAST_CPU_GEMM");
-  if (choice == nullptr || *choice == '\0') return false;
-  if (std::string(choice) != "torch") {
-    throw std::runtime_error(std::string("libmoe_fast: LIBMOE_FAST_CPU_GEMM is '") + choice +
-                             "'; expected torch, for torch's mm, or nothing, for the faster way here");
-  }
-  return true;
+  const std::string gemm = choice == nullptr ? "" : choice;
+  if (gemm.empty()) return Gemm::best;
+  if (gemm == "torch") return Gemm::torch;
+  if (gemm == "tiles") return Gemm::tiles;
+  throw std::runtime_error("libmoe_fast: LIBMOE_FAST_CPU_GEMM is '" + gemm +
+                           "'; expected torch, for torch's mm, tiles, for our own wherever this machine has the "
+                           "instructions, or nothing, for the faster way here");
 }
 
 }  // namespace
 
 #ifdef LIBMOE_FAST_TILES
 
-bool tiles_pay(ScalarType dtype) {
+bool tiles_pay(ScalarType dtype, int64_t choices, int64_t experts) {
+  const bool bf16 = dtype == ScalarType::BFloat16;
+  const Gemm gemm = demanded();
+  if (!has_avx512()) {
+    // torch's mm takes fp32 as fast as 16 registers allow, but packs the weights again for each expert: many of them, or
+    // with few rows, are faster in tiles. Nothing there multiplies bf16 well.
+    const bool faster = bf16 || choices < kFewRows * experts || experts >= kManyExperts;
+    return has_avx2() && gemm != Gemm::torch && (gemm == Gemm::tiles || faster);
+  }
   // AMX multiplies bf16 many times faster than AVX-512, and oneDNN, behind torch's mm, uses it.
-  static const bool bf16 = has_avx512_bf16() && !__builtin_cpu_supports("amx-bf16");
-  if (torch_mm_demanded()) return false;
-  return dtype == ScalarType::Float ? has_avx512() : dtype == ScalarType::BFloat16 && bf16;
+  const bool faster = !bf16 || !__builtin_cpu_supports("amx-bf16");
+  return (!bf16 || has_avx512_bf16()) && gemm != Gemm::torch && (gemm == Gemm::tiles || faster);
 }
+
+int best_tile_rows() { return has_avx512() ? kTileRows : 12; }
 
 namespace {
 
@@ -145,6 +160,7 @@ void multiply_in_parts(int rows, int64_t steps, const uint32_t* left, const Righ
 
 template <typename T>
 void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead) {
+  if (!has_avx512()) return avx2::multiply_tile<T>(rows, steps, left, right, tile, ahead);
   multiply_in_parts<T>(rows, steps, left, [=](int64_t step) { return PackedRight<T>{right + step * kTileColumns}; }, tile,
                        ahead);
 }
@@ -152,6 +168,7 @@ void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t
 template <typename T>
 void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const T* const* right, int64_t column,
                            uint32_t* packed, float* tile, Ahead ahead) {
+  if (!has_avx512()) return avx2::multiply_tile_packing<T>(rows, steps, left, right, column, packed, tile, ahead);
   const auto right_from = [=](int64_t step) {
     return RightRows<T>{right + step * kPerWord<T>, column, steps - step, packed + step * kTileColumns};
   };
@@ -160,10 +177,12 @@ void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const 
 
 #else  // No instructions for which this layout was made: torch's mm does the work, and none of these is called.
 
-bool tiles_pay(ScalarType) {
-  torch_mm_demanded();
+bool tiles_pay(ScalarType, int64_t, int64_t) {
+  demanded();
   return false;
 }
+
+int best_tile_rows() { return kTileRows; }
 
 template <typename T>
 void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead) {

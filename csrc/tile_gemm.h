@@ -14,10 +14,13 @@ namespace libmoe_fast {
 
 constexpr int kTileRows = 14, kTileColumns = 32;  // 28 accumulators, 2 right words, 1 left word: 31 of 32 registers
 
+// Rows of a tile that this machine multiplies best: 14, or 12 where 16 registers hold 6 rows at a time (avx2.cpp).
+int best_tile_rows();
+
 constexpr int64_t kCacheLine = 64;
 
-// Whether this machine multiplies tiles of this dtype faster than torch's own mm.
-bool tiles_pay(ScalarType dtype);
+// Whether this machine multiplies tiles of fp32 or bf16 faster than torch's own mm does, for so many choices of experts.
+bool tiles_pay(ScalarType dtype, int64_t choices, int64_t experts);
 
 // Memory that will be read soon, fetched a little at every step of a multiplication, which leaves memory idle.
 struct Ahead {

@@ -48,7 +48,7 @@ bool at_line_start(const void* data) { return reinterpret_cast<uintptr_t>(data) 
 template <typename T>
 void stream_tile(T* matrix, int64_t stride, const float* tile, int rows, int columns) {
   const bool whole_lines = columns == kTileColumns && at_line_start(matrix) && at_line_start(matrix + stride);
-  if (!whole_lines) return store_tile<T>(matrix, stride, tile, rows, columns);
+  if (!whole_lines || !has_avx512()) return store_tile<T>(matrix, stride, tile, rows, columns);
   stream_rows(matrix, stride, tile, rows);
 }
 

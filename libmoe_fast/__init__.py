@@ -7,9 +7,9 @@ from pathlib import Path
 if (Path(__file__).parents[1] / "setup.py").is_file():
     __path__.append(str(Path(__file__).parents[1]))
 
-from libmoe_fast.checkpoint import load_model, save_model
+from libmoe_fast.checkpoint import load_model, load_weights, save_model
 from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, DataError, LibMoEError
-from libmoe_fast.experts import Experts
+from libmoe_fast.experts import DenseParts, Experts, register_mlp
 from libmoe_fast.huggingface import register_transformers
 from libmoe_fast.layer import MoE
 from libmoe_fast.ops import available_backends
@@ -33,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DenseParts",
     "Experts",
     "LibMoEError",
     "MoE",
@@ -44,8 +45,10 @@ __all__ = [
     "available_backends",
     "build_router",
     "load_model",
+    "load_weights",
     "moe_layers",
     "record_routing",
+    "register_mlp",
     "register_router",
     "register_transformers",
     "save_model",

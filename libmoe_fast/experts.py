@@ -1,6 +1,7 @@
 """Stacked expert weights, fresh or copied from a dense MLP (sparse upcycling, Komatsuzaki et al. 2022)."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -111,14 +112,49 @@ class DenseParts(NamedTuple):
 
 # Attribute names (first layer, activation, second layer) of plain two-layer MLPs.
 PLAIN_LAYOUTS = (
-    ("fc1", "activation_fn", "fc2"),  # CLIPMLP, SiglipMLP
-    ("linear_1", "act", "linear_2"),  # LlavaMultiModalProjector
+    ("fc1", "activation_fn", "fc2"),  # CLIPMLP, SiglipMLP, Idefics3's, InternVL's
+    ("fc1", "act", "fc2"),  # Qwen2-VL's VisionMlp
+    ("fc1", "activation", "fc2"),  # Dinov2MLP
+    ("linear_fc1", "act_fn", "linear_fc2"),  # Qwen3-VL's
+    ("linear_1", "act", "linear_2"),  # LlavaMultiModalProjector and its kin
 )
 # Attribute names (first layers, activation, second layer) of gated MLPs.
 GATED_LAYOUTS = (
-    (("gate_proj", "up_proj"), "act_fn", "down_proj"),  # LlamaMLP, MistralMLP, Qwen2MLP
+    (("gate_proj", "up_proj"), "act_fn", "down_proj"),  # LlamaMLP, MistralMLP, Qwen2MLP, PixtralMLP
     (("gate_up_proj",), "activation_fn", "down_proj"),  # Phi3MLP
 )
+# Class name of an MLP -> what takes it apart; see register_mlp.
+ADAPTERS: dict[str, Callable[[nn.Module], DenseParts]] = {}
+
+
+def register_mlp(name: str) -> Callable:
+    """Registers a function that takes an MLP class of this name apart: `mlp -> DenseParts`.
+
+    For MLPs that are two linear layers, or gated ones, under names of their own or fused in another way:
+
+        @libmoe_fast.register_mlp("MyMLP")
+        def take_apart(mlp):
+            return libmoe_fast.DenseParts(mlp.a.weight, mlp.a.bias, mlp.b.weight, mlp.b.bias, "gelu", False)
+
+    What it returns is compared with the module's own forward on a few tokens, like every other MLP.
+    """
+
+    def register(function: Callable[[nn.Module], DenseParts]) -> Callable[[nn.Module], DenseParts]:
+        ADAPTERS[name] = function
+        return function
+
+    return register
+
+
+def is_dense_mlp(module: nn.Module) -> bool:
+    """Whether `dense_parts` would know the module by its layers' names, or by a registered adapter."""
+    if type(module).__name__ in ADAPTERS:
+        return True
+    try:
+        layers, _, _ = find_layers(module)
+    except ConfigError:
+        return False
+    return all(hasattr(layer, "weight") for layer in layers)
 
 
 def dense_parts(mlp: nn.Module) -> DenseParts:
@@ -129,6 +165,10 @@ def dense_parts(mlp: nn.Module) -> DenseParts:
     children or tensors, layers that are no plain nn.Linear (adapters, quantised, parametrised, pruned), hooks, an
     unknown activation, weights that DeepSpeed has partitioned, and a forward that computes something else.
     """
+    if (adapter := ADAPTERS.get(type(mlp).__name__)) is not None:
+        parts = adapter(mlp)
+        _compare_with_forward(mlp, parts)
+        return parts
     layers, act, gated = find_layers(mlp)
     _refuse_what_a_copy_loses(mlp, layers)
     *first, second = layers

@@ -1,6 +1,6 @@
 """Swap the dense MLPs of a LLaVA's vision encoder and projector for MoE layers, in place.
 
-Modules are found by class, not by path: transformers moved the paths between versions, the original LLaVA has others.
+Which MLPs those are is in targets.py.
 """
 
 import contextlib
@@ -18,15 +18,12 @@ from libmoe_fast.errors import ConfigError
 from libmoe_fast.layer import MoE
 from libmoe_fast.routers import find_router
 from libmoe_fast.spec import Routing, check_choice
+from libmoe_fast.targets import Target, check_target, find_dense_mlps
 
 LAYOUT = "libmoe_fast.stacked"  # experts.w1 [N, H, D], experts.w2 [N, O, H]
 VERSION = 1
 RECIPE_KEY = "libmoe_fast"  # of a Hugging Face model's config
 TARGETS = ("vision", "projector")
-VISION_MLPS = ("CLIPMLP", "SiglipMLP", "Siglip2MLP")
-PROJECTORS = ("LlavaMultiModalProjector",)
-ORIGINAL_LLAVA_PROJECTOR = "mm_projector"  # an nn.Sequential(Linear, GELU, Linear), known by its attribute name
-POOLING_HEAD = "PoolingHead"  # SigLIP's: a LLaVA reads the patches, not what it pools
 
 
 def upcycle(
@@ -35,22 +32,23 @@ def upcycle(
     router: str = "smoe",
     num_experts: int = 4,
     top_k: int = 2,
-    targets: Iterable[str] = TARGETS,
+    targets: Target | Iterable[Target] = TARGETS,
     trainable: bool | None = None,
     aux_over_layers: Literal["mean", "sum"] = "mean",
     **layer_options,
 ) -> nn.Module:
     """Replaces the MLPs of the vision encoder and the projector by MoE layers whose experts are copies of them.
 
-    Works on Hugging Face LLaVA (transformers 4.57 and 5), on the original LLaVA, and on any module that holds
-    CLIPMLP, SiglipMLP or LlavaMultiModalProjector. Gates are drawn from N(0, 0.02), independently per layer. Load the
-    dense weights first; upcycle before deepspeed.initialize.
+    Works on Hugging Face's vision-language models, on the original LLaVA, and on any module that holds MLPs of two
+    linear layers, or gated ones (`experts.PLAIN_LAYOUTS`, `register_mlp`). Gates are drawn from N(0, 0.02),
+    independently per layer. Load the dense weights first; upcycle before deepspeed.initialize.
 
     The auxiliary losses take the scale of the task's loss when backward begins (accumulation steps, the labels of all
     accumulated batches, the fp16 loss scale), wherever the loss is computed; see `loss_scale`.
 
     Args:
-        targets: what to swap, of "vision" and "projector".
+        targets: what to swap: "vision", "projector", "language", names or patterns of names, functions of (name,
+            module), or parts of a target such as "vision[-4:]" (see `targets`).
         trainable: whether experts and routers learn; None keeps what the dense MLPs' requires_grad says for the
             experts, and warns where routers would learn alone.
         aux_over_layers: "mean" averages the auxiliary losses over the layers of a target (LibMoE), so that the
@@ -59,13 +57,16 @@ def upcycle(
     Returns: `model`. Raises ConfigError, with nothing swapped, when a target is unknown or nothing of it is found, or
         the options cannot work.
     """
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    targets = (targets,) if isinstance(targets, str) or callable(targets) else tuple(targets)
+    for target in targets:
+        if not callable(target):
+            check_target(target)
     check_choice("aux_over_layers", aux_over_layers, ("mean", "sum"))
     # Build all before swapping any: an error halfway must leave the model as it was.
     layers = {}
     for target in targets:
-        found = find_dense_mlps(model, (target,))
-        options = {"aux_weight": 1 / len(found)} if aux_over_layers == "mean" else {}
+        found = {name: mlp for name, mlp in find_dense_mlps(model, target).items() if name not in layers}
+        options = {"aux_weight": 1 / max(len(found), 1)} if aux_over_layers == "mean" else {}
         for name, mlp in found.items():
             own = {"router_options": _numbered(router, layer_options.get("router_options"), len(layers))}
             try:
@@ -92,55 +93,6 @@ def _numbered(router: str, options: dict | None, number: int) -> dict:
     """The router's options; one that draws from a seed of its own takes the layer's number, if none is given."""
     seeded = "seed" in inspect.signature(find_router(router)).parameters
     return ({"seed": number} if seeded else {}) | (options or {})
-
-
-def find_dense_mlps(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> dict[str, nn.Module]:
-    """Dotted name -> dense MLP, in model order.
-
-    Raises ConfigError for an unknown target, one that is not there, or one that has experts of another library.
-    """
-    if unknown := [t for t in targets if t not in TARGETS]:
-        raise ConfigError(f"unknown upcycle target {unknown[0]!r}; choose of {', '.join(TARGETS)}")
-    found = {}
-    for target in targets:
-        matches = _vision_mlps(model) if target == "vision" else _projectors(model)
-        if not matches:
-            kinds = VISION_MLPS if target == "vision" else (*PROJECTORS, ORIGINAL_LLAVA_PROJECTOR)
-            done = " (it has been upcycled before)" if moe_layers(model) else ""
-            raise ConfigError(
-                f"{type(model).__name__} has no {target} MLP to upcycle{done}; looked for {', '.join(kinds)}"
-            )
-        found.update(matches)
-    return found
-
-
-def _vision_mlps(model: nn.Module) -> dict[str, nn.Module]:
-    """MLPs under a module whose class says Vision: a CLIP model's text encoder has CLIPMLPs too."""
-    found = {}
-    for prefix, tower in model.named_modules():
-        if "Vision" in type(tower).__name__:
-            heads = tuple(f"{n}." for n, m in tower.named_modules(prefix=prefix) if POOLING_HEAD in type(m).__name__)
-            for name, module in tower.named_modules(prefix=prefix):
-                if type(module).__name__ in VISION_MLPS and not name.startswith(heads):
-                    _refuse_nested(name)
-                    found[name] = module
-    return found
-
-
-def _refuse_nested(name: str) -> None:
-    if "experts" in name.split("."):
-        raise ConfigError(
-            f"{name} is an expert of a mixture already (CuMo's and LibMoE's towers have such); upcycle the dense model"
-        )
-
-
-def _projectors(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__ in PROJECTORS
-        or (name.rpartition(".")[2] == ORIGINAL_LLAVA_PROJECTOR and isinstance(module, nn.Sequential))
-    }
 
 
 def install(model: nn.Module, layers: dict[str, MoE]) -> None:

@@ -198,7 +198,7 @@ def test_twice_and_nothing_to_swap(model_and_batch):
     model, _ = model_and_batch
     with pytest.raises(ConfigError, match="upcycled before"):
         upcycle(upcycle(model))
-    with pytest.raises(ConfigError, match="Linear has no vision MLP"):
+    with pytest.raises(ConfigError, match="Linear: it has no vision MLP"):
         upcycle(nn.Linear(2, 2))
 
 

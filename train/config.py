@@ -9,6 +9,7 @@ import torch
 
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.routers import build_router, check_router_options
+from libmoe_fast.targets import check_target
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -52,7 +53,8 @@ class ModelConfig:
         router: name of a router (stage 3)
         num_experts: experts per layer, N (stage 3)
         top_k: experts each token visits, K (stage 3)
-        targets: which dense MLPs become experts (stage 3)
+        targets: which dense MLPs become experts (stage 3): vision, projector, language, patterns of module names, or
+            a part of one, as in vision[-4:]
         router_options: the router's own options by name, as in {"temperature": 0.5} (stage 3)
         balance_coef: weight of the balance loss (stage 3)
         z_coef: weight of the z-loss (stage 3)
@@ -269,11 +271,9 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_moe(model: ModelConfig) -> None:
-    unknown = set(model.targets) - {"vision", "projector"}
-    _require(
-        bool(model.targets) and not unknown,
-        f"model.targets is {model.targets}; choose from vision and projector",
-    )
+    _require(bool(model.targets), "model.targets is empty; choose from vision, projector and language")
+    for target in model.targets:
+        check_target(target)
     # Building a small router on the meta device lets each router check its own options, and costs nothing.
     check_router_options(model.router, model.router_options)
     build_router(model.router, 16, model.num_experts, model.top_k, device="meta", **model.router_options)

@@ -98,7 +98,7 @@ BAD = {
     "model.top_k": (5, "top_k"),
     "model.router_options": ({"temprature": 1.0}, "temprature"),
     "model.stage": (4, r"model.stage is 4; choose 1, 2 or 3"),
-    "model.targets": (["text"], "choose from vision and projector"),
+    "model.targets": (["text"], "unknown upcycle target 'text'"),
     "model.path": (None, "name either model.path"),
     "model.vision_tower": ("clip", "name either model.path"),
     "run.folder": ("", "run.folder is not set"),
