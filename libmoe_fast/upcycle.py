@@ -5,11 +5,14 @@ Which MLPs those are is in targets.py.
 
 import contextlib
 import inspect
+import logging
+import types
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from libmoe_fast import loss_scale
@@ -24,6 +27,7 @@ LAYOUT = "libmoe_fast.stacked"  # experts.w1 [N, H, D], experts.w2 [N, O, H]
 VERSION = 1
 RECIPE_KEY = "libmoe_fast"  # of a Hugging Face model's config
 TARGETS = ("vision", "projector")
+LOG = logging.getLogger(__name__)
 
 
 def upcycle(
@@ -79,6 +83,8 @@ def upcycle(
         if trainable is not None:
             layer.requires_grad_(trainable)
     install(model, layers)
+    if trainable is not False:
+        _lift_no_grad(model, layers)
     frozen = [name for name, layer in layers.items() if not layer.experts.w1.requires_grad]
     if frozen and trainable is None:
         warnings.warn(
@@ -93,6 +99,21 @@ def _numbered(router: str, options: dict | None, number: int) -> dict:
     """The router's options; one that draws from a seed of its own takes the layer's number, if none is given."""
     seeded = "seed" in inspect.signature(find_router(router)).parameters
     return ({"seed": number} if seeded else {}) | (options or {})
+
+
+def _lift_no_grad(model: nn.Module, layers: Iterable[str]) -> None:
+    """Takes @torch.no_grad() off the forward of modules around the layers: the original LLaVA has it on its tower."""
+    lifted = []
+    for name, module in model.named_modules():
+        around = name == "" or any(layer.startswith(f"{name}.") for layer in layers)
+        forward = type(module).forward
+        if around and inspect.isfunction(forward) and hasattr(forward, "__wrapped__"):
+            context = inspect.getclosurevars(forward).nonlocals.get("ctx_factory")  # as torch's decorator keeps it
+            if isinstance(getattr(context, "__self__", None), torch.no_grad):
+                module.forward = types.MethodType(forward.__wrapped__, module)
+                lifted.append(f"{name or 'the model'} ({type(module).__name__})")
+    if lifted:
+        LOG.warning("upcycle took @torch.no_grad() off the forward of %s, so that experts train", ", ".join(lifted))
 
 
 def install(model: nn.Module, layers: dict[str, MoE]) -> None:

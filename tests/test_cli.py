@@ -65,7 +65,7 @@ def test_wrong_arguments(fails, arguments, expected):
     [
         (["--model.router", "smore"], "smore"),
         (["--model.num_experts", "2", "--model.top_k", "3"], "3"),
-        (["--model.targets", "[language]"], "language"),
+        (["--model.targets", "[text]"], "unknown upcycle target 'text'"),
         (["--model.router_options", "{heat: 2}"], "heat"),
         (["--optim.lr", "-1"], "optim.lr is -1"),
     ],

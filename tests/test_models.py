@@ -82,19 +82,26 @@ TABLE = [
     ("LLaVA", "*vision_tower*.layers.[01].mlp", 2),
     ("LLaVA", "vision[3:]", r"'vision\[3:\]' takes none"),
     ("LLaVA", "*.mpl", "no module is called"),
+    ("LLaVA-NeXT", "vision", 3),
     ("LLaVA-NeXT", "projector", 1),
+    ("LLaVA-NeXT", "language", 2),
     ("LLaVA-OneVision", "vision", 3),
     ("LLaVA-OneVision", "projector", 1),
+    ("LLaVA-OneVision", "language", 2),
     ("VipLLaVA", "vision", 3),
+    ("VipLLaVA", "language", 2),
     ("VipLLaVA", "projector", r"VipLlavaMultiModalProjector \(projector_layernorm, linear_1"),
     ("PaliGemma", "vision", 3),
+    ("PaliGemma", "language", 2),
     ("PaliGemma", "projector", r"PaliGemmaMultiModalProjector \(linear\)"),
     ("Idefics3", "vision", 3),
+    ("Idefics3", "language", 2),
     ("Idefics3", "projector", r"Idefics3SimpleMLP \(proj\)"),
     ("Qwen2.5-VL", "vision", 2),  # gated
     ("Qwen2.5-VL", "projector", 1),  # the merger's
     ("Qwen2.5-VL", "language", 2),
     ("InternVL", "vision", 3),
+    ("InternVL", "language", 2),
     ("InternVL", "projector", r"InternVLMultiModalProjector \(layer_norm, linear_1"),
 ]
 

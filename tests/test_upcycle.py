@@ -327,3 +327,33 @@ def test_records_by_image(model_and_batch):
     for name, (record,) in recorder.records.items():
         tokens = patches + ("vision_tower" in name and vision.model_type == "clip_vision_model")  # CLS
         assert record.index.shape == (2, tokens, 3), name
+
+
+def test_the_no_grad_around_a_tower_is_lifted(dense, caplog):
+    """As the original LLaVA writes it; a `with` inside of forward cannot be taken away, and the layers warn."""
+
+    class CLIPVisionTower(nn.Module):
+        def __init__(self, vision_model):
+            super().__init__()
+            self.vision_tower = vision_model
+
+        @torch.no_grad()
+        def forward(self, images):
+            return self.vision_tower(images).last_hidden_state
+
+    images = torch.randn(2, 3, 32, 32)
+    tower = CLIPVisionTower(copy.deepcopy(dense[0].model.vision_tower))
+    before = tower(images)
+    assert not before.requires_grad
+    frozen = upcycle(copy.deepcopy(tower), targets="vision", trainable=False)
+    assert not frozen(images).requires_grad
+    assert not caplog.records
+    upcycle(tower, targets="vision")
+    assert [record.message for record in caplog.records] == [
+        "upcycle took @torch.no_grad() off the forward of the model (CLIPVisionTower), so that experts train"
+    ]
+    for model in (tower, copy.deepcopy(tower)):
+        y = model.train()(images)
+        torch.testing.assert_close(y, before, rtol=1e-3, atol=1e-4)
+        y.sum().backward()
+        assert all(layer.experts.w1.grad.any() for layer in moe_layers(model).values())
