@@ -19,6 +19,7 @@ from torch import nn
 
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.experts import is_dense_mlp
+from libmoe_fast.layer import MoE
 
 Target = str | Callable[[str, nn.Module], bool]
 
@@ -38,6 +39,7 @@ PROJECTOR_NAMES = {
 PROJECTOR_CLASS = "MultiModalProjector"
 VISION_CLASS = "Vision"
 VISION_NAMES = {"vision_tower", "vision_model", "visual", "image_tower"}
+LANGUAGE_NAMES = {"language_model", "lm_head", "embed_tokens"}
 POOLING_HEAD = "PoolingHead"  # SigLIP's: a LLaVA reads the patches, not what it pools
 SLICED = re.compile(r"(.*?)\[(-?\d*):(-?\d*)(?::(-?\d*))?\]")
 
@@ -58,7 +60,8 @@ def find_dense_mlps(model: nn.Module, target: Target) -> dict[str, nn.Module]:
     else:
         found = {n: m for n, m in model.named_modules() if n and fnmatch.fnmatchcase(n, name)}
         missing = f"no module is called {name!r}; give one of {', '.join(KINDS)}, a name or a pattern"
-    return _not_empty(dict(list(_not_empty(found, model, missing).items())[part]), model, f"{target!r} takes none")
+    chosen = dict(list(_not_empty(found, model, missing).items())[part])
+    return _not_empty(chosen, model, f"{target!r} takes none")
 
 
 def check_target(target: str) -> None:
@@ -128,8 +131,12 @@ def _is_projector(name: str, module: nn.Module) -> bool:
 
 
 def _is_tower(name: str, module: nn.Module) -> bool:
-    """By the class, since a CLIP model's text encoder has the same MLPs, or by the name that models give it."""
-    return VISION_CLASS in type(module).__name__ or name.rpartition(".")[2] in VISION_NAMES
+    """By the class, since a CLIP model's text encoder has the same MLPs, or by the name that models give it.
+
+    A whole model of vision and language may have such a class, too.
+    """
+    called_so = VISION_CLASS in type(module).__name__ or name.rpartition(".")[2] in VISION_NAMES
+    return called_so and not any(n.rpartition(".")[2] in LANGUAGE_NAMES for n, _ in module.named_modules())
 
 
 def _is_pooling_head(name: str, module: nn.Module) -> bool:
@@ -157,9 +164,7 @@ def _inside(name: str, roots: list[str]) -> bool:
 
 def _seen(model: nn.Module, kind: str) -> str:
     """What stands where such an MLP would be: for the words of an error."""
-    from libmoe_fast.upcycle import moe_layers
-
-    if moe_layers(model):
+    if any(isinstance(module, MoE) for module in model.modules()):
         return " (it has been upcycled before)"
     if kind == "language":
         return ""

@@ -141,6 +141,16 @@ def test_targets(model_of, name, target, expected, tmp_path):
         assert torch.equal(mine, theirs), key
 
 
+def test_a_model_called_vision_is_no_tower(model_of):
+    """Its language model's MLPs are not the tower's."""
+    model = model_of("Qwen2.5-VL")
+    model.__class__ = type("MyVisionLanguageModel", (type(model),), {})
+    model.model.__class__ = type("MyVisionModel", (type(model.model),), {})
+    upcycle(model, targets="vision")
+    assert len(moe_layers(model)) == 2
+    assert all(".visual." in name for name in moe_layers(model))
+
+
 def test_a_function_as_target(model_of):
     model = upcycle(model_of("LLaVA"), targets=lambda name, module: name.endswith("layers.1.mlp"))
     assert sorted(name.rpartition(".layers")[2] for name in moe_layers(model)) == [".1.mlp", ".1.mlp"]
