@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "expert_tiles.h"
 #include "packing.h"
 
 #define LIBMOE_FAST_AVX2 __attribute__((target("avx2,fma")))
@@ -95,7 +96,6 @@ LIBMOE_FAST_AVX2 void widen(int64_t steps, const uint32_t* left, float* wide) {
 }
 
 constexpr int kMostRows = 6;
-constexpr int divide_up(int total, int part) { return (total + part - 1) / part; }
 
 // A part of the steps, some columns after the other.
 template <typename T>
@@ -108,16 +108,14 @@ void multiply_part(int rows, int64_t steps, const uint32_t* left, const uint32_t
     values = wide;
   }
   for (int column = 0; column < kTileColumns; column += kColumns) {
-    int pieces = divide_up(rows, kMostRows);
+    int64_t pieces = divide_up(rows, kMostRows);
     for (int row = 0, count; row < rows; row += count) {
-      count = divide_up(rows - row, pieces--);
+      count = static_cast<int>(divide_up(rows - row, pieces--));
       kMultiply<T>[count - 1](steps, values + row, right + column, tile + row * kTileColumns + column, add, ahead);
       ahead = {};  // fetched while the first are multiplied
     }
   }
 }
-
-int even(int rows) { return rows + rows % 2; }
 
 Ahead after(Ahead ahead, int64_t steps) { return {ahead.data + steps * ahead.bytes_per_step, ahead.bytes_per_step}; }
 
@@ -206,11 +204,7 @@ inline uint32_t bits_of(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-// Rounded to nearest even; a NaN stays one.
-inline uint32_t rounded(float value) {
-  const uint32_t bits = bits_of(value);
-  return value != value ? (bits >> 16) | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+inline uint32_t rounded(float value) { return BFloat16(value).x; }
 
 }  // namespace
 
@@ -277,7 +271,7 @@ void pack_tile_along<BFloat16>(const float* tile, int rows, uint32_t* packed) {
 
 template <>
 void pack_tile_across<float>(const float* tile, int rows, uint32_t* packed) {
-  for (int row = 0; row < even(rows); ++row) {
+  for (int row = 0; row < rows + rows % 2; ++row) {
     for (int j = 0; j < kTileColumns; ++j) {
       packed[row * kTileColumns + j] = row < rows ? bits_of(tile[row * kTileColumns + j]) : 0;
     }

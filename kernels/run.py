@@ -265,8 +265,12 @@ def _processors(device: torch.device) -> int:
 
 def tile_columns(gemm: str, weight: Tensor, precision: str) -> int:
     """BN of a GEMM with a weight [N, rows, columns], whose candidates all share it."""
-    found = candidates(architecture(weight.device), gemm, weight.element_size(), precision, weight.shape[1:])
-    return found[0].BN
+    return _weight_tiles(gemm, weight, precision)[0].BN
+
+
+def _weight_tiles(gemm: str, weight: Tensor, precision: str) -> tuple[Tile, ...]:
+    """The candidates of a GEMM with a weight, before it is launched."""
+    return candidates(architecture(weight.device), gemm, weight.element_size(), precision, weight.shape[1:])
 
 
 class Shared(NamedTuple):
@@ -278,8 +282,7 @@ class Shared(NamedTuple):
 
 def shared_round(gemm: str, weight: Tensor, precision: str) -> Shared:
     """Enough for whichever tile is chosen for a GEMM with a weight [N, rows, columns]."""
-    device = weight.device
-    found = candidates(architecture(device), gemm, weight.element_size(), precision, weight.shape[1:])
+    device, found = weight.device, _weight_tiles(gemm, weight, precision)
     floats = processors(device) * max(tile.programs * tile.BM * tile.BN for tile in found)
     flags = next_power_of_2(processors(device) * max(tile.programs for tile in found))
     return Shared(

@@ -40,9 +40,9 @@ def check_config_file(path: Path) -> None:
         if _count(yaml.compose(text), {}) > MOST_NODES:
             raise ConfigError(f"{path} comes to more than {MOST_NODES:,} values once its aliases are written out")
         options = yaml.safe_load(text)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that is none, a number of 5,000 digits
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path} is not YAML: {in_one_line(error)}") from error
     if not isinstance(options, dict):
         found = "is empty" if options is None else f"holds a {type(options).__name__}"

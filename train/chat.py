@@ -94,9 +94,8 @@ def encode(
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
     labels: list[int] = []
-    for start, tokens in tokenize(text, [*questions, *answers], tokenizer, image_at=image_at):
-        if tokens == [image_id]:
-            tokens = tokens * image_tokens
+    contents = [*questions, *answers]
+    for start, tokens in tokenize(text, contents, tokenizer, image_tokens=image_tokens, image_at=image_at):
         ids += tokens
         labels += tokens if _within(start, labelled) else [IGNORED] * len(tokens)
     if image_id in ids[max_length:]:
@@ -109,24 +108,27 @@ def encode(
 
 def encode_prompt(text: str, contents: Sequence[Span], tokenizer: Any, *, image_tokens: int) -> list[int]:
     """Token ids of a rendered chat that asks for an answer; what people wrote, `contents`, stays text."""
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    found = tokenize(text, contents, tokenizer)
-    return [token for _, tokens in found for token in (tokens * image_tokens if tokens == [image_id] else tokens)]
+    return [token for _, tokens in tokenize(text, contents, tokenizer, image_tokens=image_tokens) for token in tokens]
 
 
 def tokenize(
-    text: str, contents: Sequence[Span], tokenizer: Any, *, image_at: int | None = None
+    text: str, contents: Sequence[Span], tokenizer: Any, *, image_tokens: int, image_at: int | None = None
 ) -> Iterator[tuple[int, list[int]]]:
-    """The text's tokens, each with the character that it starts at; control tokens inside `contents` are spelled out.
+    """The text's tokens, each with the character that it starts at: control tokens inside `contents` spelled out, those
+    of images `image_tokens` times.
 
-    image_at: where an `<image>` inside them does stand for an image.
+    image_at: where an `<image>` inside the contents does stand for an image.
     """
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         written = token in control and _within(start, contents)
         is_image = image_at is not None and start <= image_at < end
-        yield start, plain_ids(text[start:end], tokenizer) if written and not is_image else [token]
+        if written and not is_image:
+            yield start, plain_ids(text[start:end], tokenizer)
+        else:
+            yield start, [token] * (image_tokens if token == image_id else 1)
 
 
 def _within(position: int, spans: Sequence[Span]) -> bool:
