@@ -12,6 +12,7 @@ from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, DataE
 from libmoe_fast.experts import DenseParts, Experts, register_mlp
 from libmoe_fast.huggingface import register_transformers
 from libmoe_fast.layer import MoE
+from libmoe_fast.multiscale import use_scales
 from libmoe_fast.ops import available_backends
 from libmoe_fast.routers import ROUTERS, Router, build_router, register_router
 from libmoe_fast.spec import RouterSpec, Routing
@@ -55,4 +56,5 @@ __all__ = [
     "scale_aux_loss",
     "set_training_progress",
     "upcycle",
+    "use_scales",
 ]

@@ -27,6 +27,7 @@ from libmoe_fast.compatibility import installed_version
 from libmoe_fast.errors import CheckpointError, in_one_line
 from libmoe_fast.files import sync, sync_tree
 from libmoe_fast.layer import MoE
+from libmoe_fast.multiscale import SCALES_KEY, check_scales, use_scales
 from libmoe_fast.upcycle import LAYOUT, RECIPE_KEY, VERSION, install, moe_layers, recipe
 
 RECIPE_FILE = "libmoe_fast.json"
@@ -100,16 +101,17 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
     with _reading(folder / "config.json"):
         config = transformers.AutoConfig.from_pretrained(folder)
         cls = getattr(transformers, (config.architectures or ["LlavaForConditionalGeneration"])[0])
+    with _reading(folder / "config.json"):
+        scales = check_scales(getattr(config, SCALES_KEY, [1]))
     if not (folder / RECIPE_FILE).exists():
-        if (found := getattr(config, RECIPE_KEY, None)) is not None:
-            layers = check_recipe(found, folder / "config.json")["layers"]
-            model = _load_stock(_swapped(cls, layers, backend), folder, dtype)
-            model.__class__ = cls
-            return model
-        return _load_stock(cls, folder, dtype)
+        found = getattr(config, RECIPE_KEY, None)
+        layers = {} if found is None else check_recipe(found, folder / "config.json")["layers"]
+        model = _load_stock(_changed(cls, scales, layers, backend), folder, dtype)
+        model.__class__ = cls
+        return model
 
     with _reading(folder / "config.json"), _empty_weights():
-        model = cls(config)
+        model = use_scales(cls(config), scales)
     load_weights(model, folder, dtype=dtype, backend=backend)
     if (folder / "generation_config.json").is_file():
         with _reading(folder / "generation_config.json"):
@@ -209,12 +211,18 @@ def check_recipe(found: dict, path: Path) -> dict:
     return found
 
 
-def _swapped(cls: type, layers: dict[str, dict], backend: str | None) -> type:
-    """`cls`, whose models are made with these MoE layers: transformers then renames and gathers their weights too."""
+def _changed(cls: type, scales: tuple[int, ...], layers: dict[str, dict], backend: str | None) -> type:
+    """`cls`, whose models are made with these scales and MoE layers: transformers then loads their weights too, renamed
+    and gathered as it does with others. `cls` itself where nothing is changed.
+    """
+    if scales == (1,) and not layers:
+        return cls
 
     def init(self, config, *args, **kwargs):
         cls.__init__(self, config, *args, **kwargs)
-        install(self, {name: MoE(**layer, backend=backend) for name, layer in layers.items()})
+        use_scales(self, scales)
+        if layers:
+            install(self, {name: MoE(**layer, backend=backend) for name, layer in layers.items()})
 
     return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
 

@@ -20,7 +20,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 _DESCRIPTION = """\
 Train, evaluate and compare Mixture-of-Experts vision-language models.
 
-  libmoe-fast train --config stage3 --model.path runs/stage2/final --model.router cosine \\
+  libmoe-fast train --config clip_phi3_stage3 --model.path runs/stage2/final --model.router cosine \\
                     --data.file llava_665k.json --data.images images --run.folder runs/cosine
   libmoe-fast evaluate runs/cosine/final --tasks MME POPE
   libmoe-fast report runs
@@ -35,9 +35,9 @@ Train one stage of the pipeline: 1 the projector, 2 everything (dense), 3 upcycl
 
 The same command on the same --run.folder goes on from its last checkpoint.
 
-  libmoe-fast train --config stage1 --data.file blip_558k.json --run.folder runs/stage1
-  libmoe-fast train --config stage3 --config mine.yaml --model.router sigmoid --optim.lr 4e-6
-  deepspeed --num_gpus 4 --module libmoe_fast.train --config stage3 ...
+  libmoe-fast train --config clip_phi3_stage1 --data.file blip_558k.json --run.folder runs/stage1
+  libmoe-fast train --config clip_phi3_stage3 --config mine.yaml --model.router sigmoid --optim.lr 4e-6
+  deepspeed --num_gpus 4 --module libmoe_fast.train --config clip_phi3_stage3 ...
 
 Several --config files are merged in the order given; options after them win. Presets: {presets}.
 """
@@ -241,7 +241,7 @@ def _preset_names() -> list[str]:
 
 
 def _with_preset_paths(arguments: list[str]) -> list[str]:
-    """`--config stage3` means the packaged preset, unless there is a file of that name.
+    """`--config clip_phi3_stage3` means the packaged preset, unless there is a file of that name.
 
     Raises:
         ConfigError: a config file cannot be used; the parser's own message would not say which.

@@ -161,7 +161,16 @@ class MoE(nn.Module):
 
     def clear_statistics(self) -> None:
         """Forgets the logged values, so that a batch that skips this layer cannot report an older one's."""
-        self.aux_loss = self.balance_loss = self.z_loss = self.last_expert_share = None
+        self.set_statistics(None, None, None, None)
+
+    def statistics(self) -> tuple[Tensor | None, ...]:
+        """The logged values: aux_loss, balance_loss, z_loss, last_expert_share."""
+        return self.aux_loss, self.balance_loss, self.z_loss, self.last_expert_share
+
+    def set_statistics(
+        self, aux_loss: Tensor | None, balance_loss: Tensor | None, z_loss: Tensor | None, share: Tensor | None
+    ) -> None:
+        self.aux_loss, self.balance_loss, self.z_loss, self.last_expert_share = aux_loss, balance_loss, z_loss, share
 
     def config(self) -> dict:
         """Keyword arguments that build a layer like this one (JSON-able); what a checkpoint stores."""
@@ -216,8 +225,9 @@ class MoE(nn.Module):
         )
 
     def _log(self, routing: Routing) -> None:
-        values = (None if value is None else value.detach() for value in routing.aux)
-        self.aux_loss, self.balance_loss, self.z_loss, self.last_expert_share = values
+        # A recomputation in backward is no new forward; a tower of several scales has averaged its passes by then.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.set_statistics(*(None if value is None else value.detach() for value in routing.aux))
 
     def _record(self, routing: Routing, shape: torch.Size) -> None:
         """Appends the detached routing, with the leading shape of x. Recomputation in backward is not a new forward."""

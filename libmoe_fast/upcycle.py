@@ -19,6 +19,7 @@ from libmoe_fast import loss_scale
 from libmoe_fast.compatibility import installed_version
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.layer import MoE
+from libmoe_fast.multiscale import passes
 from libmoe_fast.routers import find_router
 from libmoe_fast.spec import Routing, check_choice
 from libmoe_fast.targets import Target, check_target, find_dense_mlps
@@ -56,7 +57,8 @@ def upcycle(
         trainable: whether experts and routers learn; None keeps what the dense MLPs' requires_grad says for the
             experts, and warns where routers would learn alone.
         aux_over_layers: "mean" averages the auxiliary losses over the layers of a target (LibMoE), so that the
-            coefficients mean the same in towers of any depth; "sum" adds them up.
+            coefficients mean the same in towers of any depth; "sum" adds them up. Over the scales of a tower that looks
+            at several (`use_scales`) they are averaged in any case.
         layer_options: those of MoE from `router` on (router_options, balance_coef, backend, ...).
     Returns: `model`. Raises ConfigError, with nothing swapped, when a target is unknown or nothing of it is found, or
         the options cannot work.
@@ -70,8 +72,9 @@ def upcycle(
     layers = {}
     for target in targets:
         found = {name: mlp for name, mlp in find_dense_mlps(model, target).items() if name not in layers}
-        options = {"aux_weight": 1 / max(len(found), 1)} if aux_over_layers == "mean" else {}
+        share = 1 / max(len(found), 1) if aux_over_layers == "mean" else 1.0
         for name, mlp in found.items():
+            options = {"aux_weight": share / passes(model, name)}
             own = {"router_options": _numbered(router, layer_options.get("router_options"), len(layers))}
             try:
                 layers[name] = MoE.from_dense(

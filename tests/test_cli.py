@@ -53,7 +53,7 @@ def fails(capsys):
         (["train", "--config", "stage9"], "stage9"),
         (["train", "--model.routr", "smoe"], "routr"),
         (["train", "--optim.lr", "fast"], "lr"),
-        (["train", "--config", "stage1"], "run.folder"),
+        (["train", "--config", "clip_phi3_stage1"], "run.folder"),
     ],
 )
 def test_wrong_arguments(fails, arguments, expected):
@@ -72,7 +72,7 @@ def test_wrong_arguments(fails, arguments, expected):
 )
 def test_wrong_moe_options_are_refused_before_anything_is_loaded(fails, tmp_path, options, expected):
     basics = ["--model.path", tmp_path, "--data.file", tmp_path / "x.json", "--run.folder", tmp_path / "run"]
-    assert expected in fails("train", "--config", "stage3", *basics, *options)
+    assert expected in fails("train", "--config", "clip_phi3_stage3", *basics, *options)
     assert not (tmp_path / "run").exists()
 
 
@@ -224,7 +224,7 @@ def test_config_files_merge_in_order_and_options_win(trained_with, tmp_path):
     assert (config.optim.batch_size, config.optim.lr, config.optim.epochs) == (3, 0.25, 9)
 
 
-@pytest.mark.parametrize("form", [["--config", "stage3"], ["--config=stage3"]])
+@pytest.mark.parametrize("form", [["--config", "clip_phi3_stage3"], ["--config=clip_phi3_stage3"]])
 def test_presets_by_name(trained_with, form):
     assert trained_with(*form).model.stage == 3
 

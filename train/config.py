@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from libmoe_fast.errors import ConfigError
+from libmoe_fast.multiscale import check_scales
 from libmoe_fast.routers import build_router, check_router_options
 from libmoe_fast.targets import check_target
 
@@ -48,6 +49,8 @@ class ModelConfig:
         vision_tower: folder of a CLIP or SigLIP model, for a new LLaVA (instead of path)
         language_model: folder of a causal language model, for a new LLaVA (instead of path)
         vision_feature_layer: which hidden state of the vision tower the projector reads (new LLaVA only)
+        scales: sizes at which the vision tower looks at an image, as multiples of its own; [1, 3] is LibMoE's S2, ten
+            passes of the tower; none given = what the checkpoint at path was trained with, else [1]
         chat_template: the chat format the language model was trained with; none given = what the checkpoint at path
             was trained with, else phi3
         router: name of a router (stage 3)
@@ -66,6 +69,7 @@ class ModelConfig:
     vision_tower: str | None = None
     language_model: str | None = None
     vision_feature_layer: int = -2
+    scales: list[int] | None = None
     chat_template: Literal["phi3", "phi3.5"] | None = None
     router: str = "smoe"
     num_experts: int = 4
@@ -84,6 +88,8 @@ class DataConfig:
     Args:
         file: LLaVA JSON: a list of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}
         images: folder that the records' image paths start from; none given = the folder of file
+        fraction: train on this share of the records, drawn at random; 0.5 of LLaVA-665K is LibMoE's 332K
+        fraction_seed: draws them, whatever run.seed is, so that runs with several seeds train on the same records
         max_length: longer samples are cut to this many tokens, image tokens included
         image_aspect: "pad" makes images square with the processor's mean colour; "none" leaves it to the processor;
             none given = what the checkpoint at model.path was trained with, else pad
@@ -94,6 +100,8 @@ class DataConfig:
 
     file: str = ""
     images: str | None = None
+    fraction: float = 1.0
+    fraction_seed: int = 0
     max_length: int = 2048
     image_aspect: Literal["pad", "none"] | None = None
     skip_bad_samples: bool = False
@@ -186,6 +194,8 @@ RANGES = {  # option -> smallest and largest value
     "run.save_every": (1, LARGEST),
     "run.keep_checkpoints": (1, LARGEST),
     "run.log_every": (1, LARGEST),
+    "data.fraction": (0, 1),
+    "data.fraction_seed": (0, 2**32 - 1),
     "data.max_length": (1, LARGEST),
     "data.megabatch": (1, LARGEST),
     "data.workers": (0, 1024),
@@ -224,6 +234,7 @@ def check(config: TrainConfig) -> None:
         value = options[name]
         fits = value is None or low <= value <= high  # NaN never does
         _require(fits, f"{name} is {value}; it must be {_range(low, high)}")
+    _require(config.data.fraction > 0, "data.fraction is 0; it must be above 0, and at most 1")
     _require(config.optim.lr > 0, f"optim.lr is {config.optim.lr}; it must be positive")
     _require(
         config.engine.dtype != "fp16" or torch.cuda.is_available(),
@@ -266,6 +277,8 @@ def _check_model(model: ModelConfig) -> None:
         (model.path is not None) != parts and (parts or not (model.vision_tower or model.language_model)),
         "name either model.path (a LLaVA folder), or both model.vision_tower and model.language_model",
     )
+    if model.scales is not None:
+        check_scales(model.scales)
     if model.stage == 3:
         _check_moe(model)
 

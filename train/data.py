@@ -54,7 +54,8 @@ class ConversationDataset(Dataset[Sample]):
         self.image_tokens, self.template = image_tokens, TEMPLATES[template]
         self.file = Path(config.file)
         self.images = Path(config.images) if config.images is not None else self.file.parent
-        self.records, self.skipped = read_records(self.file, self.images, skip_bad=config.skip_bad_samples)
+        records, self.skipped = read_records(self.file, self.images, skip_bad=config.skip_bad_samples)
+        self.records = _share(records, config.fraction, config.fraction_seed)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -106,6 +107,15 @@ class ConversationDataset(Dataset[Sample]):
         aspect = self.config.image_aspect or DEFAULT_FORMAT["image_aspect"]
         image = prepare_image(path, self.processor.image_processor, aspect)
         return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def _share(records: list[Record], fraction: float, seed: int) -> list[Record]:
+    """This share of the records (at least one), in their order."""
+    if fraction == 1:
+        return records
+    kept = max(round(len(records) * fraction), 1)
+    drawn = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:kept]
+    return [records[i] for i in sorted(drawn.tolist())]
 
 
 @dataclass(frozen=True, kw_only=True)

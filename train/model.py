@@ -10,6 +10,7 @@ from torch import nn
 
 from libmoe_fast.checkpoint import DEFAULT_FORMAT, FORMAT, load_model
 from libmoe_fast.errors import CheckpointError, ConfigError, in_one_line
+from libmoe_fast.multiscale import scales_of, use_scales
 from libmoe_fast.train.chat import IMAGE, TEMPLATES
 from libmoe_fast.train.config import ModelConfig, TrainConfig
 from libmoe_fast.upcycle import moe_layers, upcycle
@@ -28,8 +29,10 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype) -> tuple[nn.Module, 
     """
     if config.path is not None:
         model, processor = _load(Path(config.path), dtype)
+        _check_scales(model, config)
     else:
         model, processor = _compose(config, dtype)
+        use_scales(model, config.scales or [1])
     _check_tokenizer(processor.tokenizer)
     _end_answers(model, processor.tokenizer)
     if config.stage == 1:
@@ -48,13 +51,15 @@ def settle_format(config: TrainConfig, model: nn.Module, processor: Any) -> Trai
     Raises:
         ConfigError: what is given contradicts what the checkpoint was trained with, or max_length the model's context.
     """
-    known = getattr(model.config, FORMAT, None) or {}
+    known = dict(getattr(model.config, FORMAT, None) or {})
+    # A projector alone says little about images: LibMoE pads them from stage 2 on only.
+    provisional = known.pop("stage", None) == 1
     given = {"chat_template": config.model.chat_template, "image_aspect": config.data.image_aspect}
     settled = DEFAULT_FORMAT | known
     for name, value in given.items():
         if value is None:
             continue
-        if name in known and known[name] != value:
+        if name in known and known[name] != value and not (name == "image_aspect" and provisional):
             section = "model" if name == "chat_template" else "data"
             raise ConfigError(
                 f"{section}.{name} is {value!r}, but {config.model.path} was trained with {known[name]!r}; leave the "
@@ -69,7 +74,7 @@ def settle_format(config: TrainConfig, model: nn.Module, processor: Any) -> Trai
             f"data.max_length is {config.data.max_length}, but the language model has {context} positions; "
             f"set data.max_length to at most {context}"
         )
-    setattr(model.config, FORMAT, settled)
+    setattr(model.config, FORMAT, settled | ({"stage": 1} if config.model.stage == 1 else {}))
     processor.chat_template = TEMPLATES[settled["chat_template"]].jinja
     return dataclasses.replace(
         config,
@@ -88,6 +93,14 @@ def image_tokens(model: nn.Module) -> int:
 
 def _has_class_token(vision: Any) -> bool:
     return vision.model_type == "clip_vision_model"
+
+
+def _check_scales(model: nn.Module, config: ModelConfig) -> None:
+    if config.scales is not None and tuple(config.scales) != scales_of(model):
+        raise ConfigError(
+            f"model.scales is {config.scales}, but {config.path} was trained with {list(scales_of(model))}; leave the "
+            "option out, or start from a checkpoint of that kind"
+        )
 
 
 def _upcycle(model: nn.Module, config: ModelConfig) -> None:

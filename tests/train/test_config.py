@@ -46,27 +46,46 @@ def good() -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("model", ["clip_phi3", "siglip_phi3", "siglip_phi35"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_presets_of_the_real_stages(model, stage):
+# LibMoE v1.1's scripts: samples per step on 4 GPUs, tokens, ZeRO stage, offload, padding, coefficients.
+PUBLISHED = {
+    ("clip_phi3", 1): (256, 2048, 2, False, "none", None),
+    ("clip_phi3", 2): (96, 4096, 3, False, "pad", None),
+    ("clip_phi3", 3): (80, 2048, 3, True, "pad", (0.1, 0.01)),
+    ("siglip_phi3", 1): (256, 2048, 2, False, "none", None),
+    ("siglip_phi3", 2): (96, 4096, 3, False, "pad", None),
+    ("siglip_phi3", 3): (40, 2048, 3, True, "pad", (0.1, 0.01)),
+    ("siglip_phi35", 1): (256, 2048, 2, False, "none", None),
+    ("siglip_phi35", 2): (24, 2048, 3, True, "pad", None),
+    ("siglip_phi35", 3): (40, 2048, 3, False, "pad", (0.01, 0.001)),
+}
+
+
+@pytest.mark.parametrize(("model", "stage"), PUBLISHED)
+def test_presets_are_the_published_scripts(model, stage):
     path = [] if stage == 1 else ["--model.path=before"]
-    config = parse(*preset(model, f"stage{stage}"), "--data.file=x.json", "--run.folder=x", *path)
+    config = parse(*preset(f"{model}_stage{stage}"), "--data.file=x.json", "--run.folder=x", *path)
     check(config)
-    assert config.model.stage == stage
-    assert config.model.chat_template == ("phi3.5" if model == "siglip_phi35" else "phi3")
-    # The published hyper-parameters: samples per step on 4 GPUs, rate, sharding, length.
-    published = {1: (256, 1e-3, 2, 2048), 2: (96, 2e-6, 3, 4096), 3: (64, 4e-6, 3, 2048)}
-    samples = config.optim.batch_size * config.optim.accumulation * 4
-    assert (samples, config.optim.lr, config.engine.zero_stage, config.data.max_length) == published[stage]
+    samples, tokens, zero, offload, aspect, coefficients = PUBLISHED[model, stage]
+    assert config.optim.batch_size * config.optim.accumulation * 4 == samples
+    assert (config.data.max_length, config.data.image_aspect) == (tokens, aspect)
+    assert (config.engine.zero_stage, config.engine.offload, config.engine.dtype) == (zero, offload, "bf16")
+    assert config.optim.lr == {1: 1e-3, 2: 2e-6, 3: 4e-6}[stage]
     assert (config.optim.warmup_ratio, config.optim.weight_decay, config.optim.epochs) == (0.03, 0.0, 1)
-    assert (config.engine.dtype, config.engine.offload) == ("bf16", stage == 2)
+    assert config.model.stage == stage
+    if stage == 1:  # later stages take these from the checkpoint
+        assert config.model.scales == [1, 3]
+        assert config.model.chat_template == ("phi3.5" if model == "siglip_phi35" else "phi3")
+    if stage == 3:
+        assert (config.model.balance_coef, config.model.z_coef) == coefficients
+        assert (config.model.num_experts, config.model.top_k, config.data.fraction) == (4, 2, 0.5)
 
 
 def test_later_files_and_the_command_line_win(tmp_path):
     (tmp_path / "mine.yaml").write_text("optim: {lr: 1.0e-5, accumulation: 7}\n")
-    config = parse(*preset("stage3"), f"--config={tmp_path / 'mine.yaml'}", "--optim.lr=4e-6", "--model.router=cosine")
+    files = [*preset("clip_phi3_stage3"), f"--config={tmp_path / 'mine.yaml'}"]
+    config = parse(*files, "--optim.lr=4e-6", "--model.router=cosine")
     assert (config.optim.lr, config.optim.accumulation, config.model.router) == (4e-6, 7, "cosine")
-    assert config.optim.batch_size == 4  # still the preset's
+    assert config.optim.batch_size == 5  # still the preset's
 
 
 def test_options_without_a_section():

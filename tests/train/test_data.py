@@ -247,6 +247,25 @@ def test_image_aspect_none_leaves_the_image_alone(folder, processor):
     assert padded[0, 0, 0] != cropped[0, 0, 0]  # red reaches the corner only without padding
 
 
+def test_a_share_of_the_records(folder, processor):
+    """Drawn once for all seeds of a run: another draw has its own seed. In the file's order, and no record twice."""
+    records = [good(i, image=i % 2 == 0) for i in range(101)]
+    draws = [
+        [record["index"] for record in open_dataset(folder, records, processor, **options).records]
+        for options in (
+            {"fraction": 0.5},
+            {"fraction": 0.5},
+            {"fraction": 0.5, "fraction_seed": 1},
+            {"fraction": 0.001},
+            {"fraction": 1.0},
+        )
+    ]
+    assert draws[0] == draws[1] == sorted(set(draws[0]))
+    assert draws[0] != draws[2]
+    assert [len(draw) for draw in draws] == [50, 50, 50, 1, 101]
+    assert 15 <= sum(index % 2 == 0 for index in draws[0]) <= 35  # images and texts alike
+
+
 def test_batch_is_padded_and_masked(folder, processor):
     dataset = open_dataset(folder, [good(0), good(1, image=False)], processor)
     short, long = sorted((dataset[0], dataset[1]), key=lambda sample: len(sample.ids))

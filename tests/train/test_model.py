@@ -107,6 +107,18 @@ def test_the_projector_follows_the_seed(tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_composed_llava_of_several_scales(tmp_path):
+    _, _, config = parts("siglip", tmp_path)
+    config.scales = [1, 3]
+    model, processor = build_model(config, dtype=torch.bfloat16)
+    assert model.model.multi_modal_projector.linear_1.weight.shape == (16, 32)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "projector" not in n] == []
+    save_model(model, tmp_path / "llava", processor=processor)
+    again, _ = build_model(ModelConfig(path=str(tmp_path / "llava"), stage=3), dtype=torch.float32)
+    assert moe_layers(again)["model.multi_modal_projector"].experts.w1.shape == (4, 16, 32)
+
+
 def test_stages_train_what_they_should(dense):
     frozen = {}
     for stage in (1, 2, 3):

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import computed, make_config, write_data, write_model
 from transformers import AutoProcessor
 
-from libmoe_fast import load_model
+from libmoe_fast import load_model, save_model, use_scales
 from libmoe_fast.checkpoint import FORMAT
 from libmoe_fast.errors import CheckpointError, ConfigError, DataError, DivergedError
 from libmoe_fast.lmms import LibMoEFast
+from libmoe_fast.multiscale import scales_of
 from libmoe_fast.train import loop, state
 from libmoe_fast.train.chat import TEMPLATES
 from libmoe_fast.train.data import ConversationDataset, make_collator
@@ -28,6 +29,7 @@ from libmoe_fast.train.engine import learning_rate
 from libmoe_fast.train.loop import train
 from libmoe_fast.train.model import build_model, image_tokens
 from libmoe_fast.train.sampler import ModalityLengthSampler
+from libmoe_fast.train.tiny import tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +393,46 @@ def test_later_stages_remember_how_they_were_trained(tmp_path, model, images):
     for contradiction, given in {"model__chat_template": "phi3", "data__image_aspect": "pad"}.items():
         with pytest.raises(ConfigError, match=f"is '{given}', but .* was trained with"):
             train(make_config(tmp_path / given, stage2, images, **{contradiction: given}))
+
+
+def test_the_first_stage_leaves_padding_open(tmp_path, model, images):
+    """LibMoE's scripts pad images from stage 2 on; what stage 1 did is taken where nothing is said."""
+    train(make_config(tmp_path / "one", model, images, model__stage=1, data__image_aspect="none", optim__max_steps=1))
+    stage1, formats = tmp_path / "one" / "final", {}
+    for name, options in {"told": {"data__image_aspect": "pad"}, "silent": {}}.items():
+        train(make_config(tmp_path / name, stage1, images, model__stage=2, optim__max_steps=1, **options))
+        formats[name] = json.loads((tmp_path / name / "final" / "config.json").read_text())[FORMAT]
+    assert formats == {
+        "told": {"chat_template": "phi3", "image_aspect": "pad"},
+        "silent": {"chat_template": "phi3", "image_aspect": "none"},
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"engine__zero_stage": 3, "engine__checkpointing": "non_reentrant"},
+        {"optim__batch_size": 2, "optim__accumulation": 4, "engine__checkpointing": "reentrant"},
+    ],
+    ids=["zero 3", "accumulated"],
+)
+def test_several_scales_train_however_a_step_is_run(options, tmp_path, model, images):
+    """S2 from a new LLaVA's stage on: later stages inherit it, and refuse another one."""
+    llava, processor = tiny_llava(dim=16, vision_layers=2, text_layers=1)
+    dense = tmp_path / "dense"
+    save_model(use_scales(llava, (1, 2)), dense, processor=processor)
+    logs = []
+    for name, given in {"plain": {}, "other": options}.items():
+        train(make_config(tmp_path / name, dense, images, optim__max_steps=2, **given))
+        logs.append(computed(tmp_path / name))
+    for line, same in zip(*logs, strict=True):
+        shares, others = line.pop("expert_share"), same.pop("expert_share")
+        assert line == pytest.approx(same, rel=2e-4)
+        for layer in shares:
+            assert shares[layer] == pytest.approx(others[layer], abs=1e-3)
+    assert scales_of(load_model(tmp_path / "plain" / "final")) == (1, 2)
+    with pytest.raises(ConfigError, match=r"model.scales is \[1, 3\], but .* was trained with \[1, 2\]"):
+        train(make_config(tmp_path / "three", dense, images, model__scales=[1, 3]))
 
 
 def test_longer_than_the_context_is_refused(tmp_path, model, images):
