@@ -14,7 +14,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from libmoe_fast.upcycle import LAYOUT, RECIPE_KEY, VERSION, install, moe_layers
 
 RECIPE_FILE = "libmoe_fast.json"
 WEIGHTS_FILE = "libmoe_fast.safetensors"
+WITHOUT_KEY = "libmoe_fast_without"  # of a model's config: names of modules that do nothing in this one
 FORMAT = "libmoe_fast_format"  # key of a model's config.json: how its training showed it chats and images
 ALIGNMENT = 64  # bytes, as torch allocates; tensors in a safetensors file have none: slower, and rounded otherwise
 DEFAULT_FORMAT = {"chat_template": "phi3", "image_aspect": "pad"}
@@ -98,29 +99,30 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
         raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json; give a folder save_model wrote")
     import transformers
 
-    with _reading(folder / "config.json"):
+    with reading(folder / "config.json"):
         config = transformers.AutoConfig.from_pretrained(folder)
         cls = getattr(transformers, (config.architectures or ["LlavaForConditionalGeneration"])[0])
-    with _reading(folder / "config.json"):
+    with reading(folder / "config.json"):
         scales = check_scales(getattr(config, SCALES_KEY, [1]))
+        without = list(getattr(config, WITHOUT_KEY, []))
     if not (folder / RECIPE_FILE).exists():
         found = getattr(config, RECIPE_KEY, None)
         layers = {} if found is None else check_recipe(found, folder / "config.json")["layers"]
-        model = _load_stock(_changed(cls, scales, layers, backend), folder, dtype)
+        model = _load_stock(_changed(cls, scales, without, layers, backend), folder, dtype)
         model.__class__ = cls
         return model
 
-    with _reading(folder / "config.json"), _empty_weights():
-        model = use_scales(cls(config), scales)
+    with reading(folder / "config.json"), empty_weights():
+        model = leave_out(use_scales(cls(config), scales), without)
     load_weights(model, folder, dtype=dtype, backend=backend)
     if (folder / "generation_config.json").is_file():
-        with _reading(folder / "generation_config.json"):
+        with reading(folder / "generation_config.json"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Where transformers, safetensors and torch read a file: they raise errors of no common kind on a damaged one."""
     try:
         yield
@@ -132,16 +134,25 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _empty_weights() -> contextlib.AbstractContextManager:
+def empty_weights() -> contextlib.AbstractContextManager:
     """Inside, parameters are made on the meta device: no time is spent on a random start that is overwritten.
 
     Where accelerate, which does that, is not installed, the time is spent.
     """
     try:
-        from accelerate import init_empty_weights
+        from accelerate import initempty_weights
     except ImportError:
         return contextlib.nullcontext()
-    return init_empty_weights()
+    return initempty_weights()
+
+
+def leave_out(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Replaces modules, given by dotted names, by ones that do nothing; the model's config says so to `load_model`."""
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, nn.Identity())
+        setattr(model.config, WITHOUT_KEY, sorted({*(getattr(model.config, WITHOUT_KEY, None) or []), name}))
+    return model
 
 
 def load_weights(
@@ -154,9 +165,9 @@ def load_weights(
     """
     folder = Path(folder)
     recipe = read_recipe(folder)
-    with _reading(folder / RECIPE_FILE):
+    with reading(folder / RECIPE_FILE):
         layers = {name: MoE(**config, backend=backend, device="meta") for name, config in recipe["layers"].items()}
-    with _reading(folder / WEIGHTS_FILE):
+    with reading(folder / WEIGHTS_FILE):
         state_dict = _read_weights(folder / WEIGHTS_FILE, dtype)
     try:
         install(model, layers)
@@ -211,16 +222,18 @@ def check_recipe(found: dict, path: Path) -> dict:
     return found
 
 
-def _changed(cls: type, scales: tuple[int, ...], layers: dict[str, dict], backend: str | None) -> type:
-    """`cls`, whose models are made with these scales and MoE layers: transformers then loads their weights too, renamed
-    and gathered as it does with others. `cls` itself where nothing is changed.
+def _changed(
+    cls: type, scales: tuple[int, ...], without: list[str], layers: dict[str, dict], backend: str | None
+) -> type:
+    """`cls`, whose models are made with these scales and MoE layers, and without these modules: transformers then loads
+    their weights too, renamed and gathered as it does with others. `cls` itself where nothing is changed.
     """
-    if scales == (1,) and not layers:
+    if scales == (1,) and not layers and not without:
         return cls
 
     def init(self, config, *args, **kwargs):
         cls.__init__(self, config, *args, **kwargs)
-        use_scales(self, scales)
+        leave_out(use_scales(self, scales), without)
         if layers:
             install(self, {name: MoE(**layer, backend=backend) for name, layer in layers.items()})
 
@@ -228,7 +241,7 @@ def _changed(cls: type, scales: tuple[int, ...], layers: dict[str, dict], backen
 
 
 def _load_stock(cls: type, folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    with _reading(folder):
+    with reading(folder):
         model, report = cls.from_pretrained(folder, **_dtype_option(dtype or "auto"), output_loading_info=True)
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected or report["mismatched_keys"]:

@@ -1,4 +1,4 @@
-"""The command line: `libmoe-fast train | evaluate | report | bench | doctor`."""
+"""The command line: `libmoe-fast train | evaluate | report | convert | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ Train, evaluate and compare Mixture-of-Experts vision-language models.
                     --data.file llava_665k.json --data.images images --run.folder runs/cosine
   libmoe-fast evaluate runs/cosine/final --tasks MME POPE
   libmoe-fast report runs
+  libmoe-fast convert published/libmoe-clip-phi3 runs/theirs --version v1.1 --vision_tower models/clip
   libmoe-fast bench
   libmoe-fast doctor
 
@@ -58,6 +59,16 @@ Compare all runs in a folder: a table of scores, load imbalance, H_total and ste
   libmoe-fast report runs
 
 Writes report.md, report.json, training.png and experts.png into the folder, and prints the table.
+"""
+
+_CONVERT = """\
+Convert a published checkpoint: LibMoE's experts, or a dense LLaVA, CuMo or LibMoE, to what evaluate and train take.
+
+  libmoe-fast convert published/smoe runs/theirs --version v1.1 --vision_tower models/clip-vit-large-patch14-336
+  libmoe-fast convert published/pft runs/dense --vision_tower models/siglip-so400m-patch14-224
+  libmoe-fast convert runs/cosine/final exported --to libmoe --version v1.1
+
+Every tensor is accounted for; what does not fit is an error that names it, and nothing is written.
 """
 
 _BENCH = """\
@@ -110,6 +121,7 @@ def _run(arguments: list[str]) -> int:
         "train": (_TRAIN.format(presets=", ".join(_preset_names()) or "none"), _add_train, _train),
         "evaluate": (_EVALUATE, _add_evaluate, _evaluate),
         "report": (_REPORT, _add_report, _report),
+        "convert": (_CONVERT, _add_convert, _convert),
         "bench": (_BENCH, _add_bench, _bench),
         "doctor": (_DOCTOR, _add_doctor, _doctor),
     }
@@ -189,6 +201,42 @@ def _report(options: Namespace) -> int:
 
     print(make_report(options.folder, out=options.out))
     print(f"\nwritten: {Path(options.out or options.folder) / 'report.md'}")
+    return 0
+
+
+def _add_convert(parser: ArgumentParser) -> None:
+    from typing import Literal
+
+    parser.add_argument("source", help="folder of the checkpoint; it is only read")
+    parser.add_argument("out", help="folder for what it becomes")
+    parser.add_argument(
+        "--to",
+        type=Literal["libmoe_fast", "libmoe"],
+        default="libmoe_fast",
+        help="libmoe: from ours to LibMoE's names, one tensor per expert",
+    )
+    parser.add_argument(
+        "--vision_tower", type=str | None, default=None, help="folder of the CLIP or SigLIP that it was trained with"
+    )
+    parser.add_argument(
+        "--version",
+        type=Literal["v1.1", "v2"] | None,
+        default=None,
+        help="of LibMoE, where there are experts: CLIP towers and sigmoid gates differ, and no file says which it is",
+    )
+    parser.add_argument(
+        "--chat_template",
+        type=Literal["phi3", "phi3.5"] | None,
+        default=None,
+        help="the language model's chat format; none given = by its context length",
+    )
+
+
+def _convert(options: Namespace) -> int:
+    from libmoe_fast.convert import convert
+
+    values = vars(options)
+    print(convert(values.pop("source"), values.pop("out"), **values))
     return 0
 
 

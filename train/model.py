@@ -34,7 +34,7 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype) -> tuple[nn.Module, 
         model, processor = _compose(config, dtype)
         use_scales(model, config.scales or [1])
     _check_tokenizer(processor.tokenizer)
-    _end_answers(model, processor.tokenizer)
+    end_answers(model, processor.tokenizer)
     if config.stage == 1:
         model.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
@@ -130,26 +130,16 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
 def _compose(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """A new LLaVA of a vision tower, a language model and a random projector."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
     vision_folder, text_folder = Path(config.vision_tower), Path(config.language_model)
     _model_type(text_folder)
-    vision = _vision_tower(vision_folder, dtype)
+    vision = load_vision_tower(vision_folder, dtype)
     text = _pretrained(AutoModelForCausalLM, text_folder, dtype=dtype)
-    tokenizer = _pretrained(AutoTokenizer, text_folder)
-    tokenizer.add_tokens([IMAGE], special_tokens=True)
-    tokenizer.eos_token = "<|end|>"  # what ends an answer, and so what generation stops at
+    tokenizer = load_tokenizer(text_folder)
     if len(tokenizer) > text.config.vocab_size:
         text.resize_token_embeddings(len(tokenizer))
-    llava = LlavaConfig(
-        vision_config=vision.config,
-        text_config=text.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy="default" if _has_class_token(vision.config) else "full",
-        image_seq_length=(vision.config.image_size // vision.config.patch_size) ** 2,
-        tie_word_embeddings=text.config.tie_word_embeddings,
-    )
+    llava = llava_config(vision.config, text.config, tokenizer, feature_layer=config.vision_feature_layer)
     with torch.device("meta"):  # the shell only: its parts come from elsewhere
         model = LlavaForConditionalGeneration(llava)
     projector = type(model.model.multi_modal_projector)(llava)
@@ -159,10 +149,37 @@ def _compose(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     model.lm_head = text.lm_head
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # not in a model's config, or another one there
         setattr(model.generation_config, name, getattr(text.generation_config, name))
-    return model, _processor(llava, vision_folder, tokenizer)
+    return model, make_processor(llava, vision_folder, tokenizer)
 
 
-def _vision_tower(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_tokenizer(folder: Path) -> Any:
+    """A language model's tokenizer, which knows <image>, and ends answers at <|end|> where it has that token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _pretrained(AutoTokenizer, folder)
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    if "<|end|>" in tokenizer.get_vocab():
+        tokenizer.eos_token = "<|end|>"
+    return tokenizer
+
+
+def llava_config(vision: Any, text: Any, tokenizer: Any, *, feature_layer: int) -> Any:
+    """The LlavaConfig of a vision tower's and a language model's config: a class token is dropped, the rest is read."""
+    from transformers import LlavaConfig
+
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def load_vision_tower(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A CLIP or SigLIP vision tower, from its own folder or from that of a whole CLIP or SigLIP model."""
     from transformers import CLIPVisionModel, SiglipVisionModel
 
     kind = _model_type(folder)
@@ -174,7 +191,8 @@ def _vision_tower(folder: Path, dtype: torch.dtype) -> nn.Module:
     raise CheckpointError(f"{folder} holds a {kind!r} model; expected a CLIP or SigLIP vision tower")
 
 
-def _processor(llava: Any, vision_folder: Path, tokenizer: Any) -> Any:
+def make_processor(llava: Any, vision_folder: Path, tokenizer: Any) -> Any:
+    """A LlavaProcessor of the image processor beside a vision tower and a tokenizer."""
     from transformers import AutoImageProcessor, LlavaProcessor
 
     return LlavaProcessor(
@@ -216,7 +234,7 @@ def _pretrained(cls: Any, folder: Path, **options: Any) -> Any:
     return model
 
 
-def _end_answers(model: nn.Module, tokenizer: Any) -> None:
+def end_answers(model: nn.Module, tokenizer: Any) -> None:
     """Adds <|end|> to what generation stops at: a language model's own settings may end documents only."""
     known = model.generation_config.eos_token_id
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
