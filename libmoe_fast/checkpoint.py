@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -47,6 +48,8 @@ def save_model(
 ) -> None:
     """Writes a model, dense or swapped, to `folder`; whatever was there is replaced only when all is on disk.
 
+    Of a model that FSDP2 has sharded (`fully_shard`) all processes must call it; the first one writes.
+
     Args:
         processor: anything with save_pretrained, saved beside the model (a LlavaProcessor).
         state_dict: weights to save instead of the model's own (those gathered from ZeRO-3).
@@ -54,6 +57,12 @@ def save_model(
     """
     folder = Path(folder)
     layers = moe_layers(model)
+    if state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        state_dict = _gathered(model)
+        if dist.get_rank() == 0:
+            save_model(model, folder, processor=processor, state_dict=state_dict)
+        dist.barrier()
+        return
     if layers and state_dict is None:
         state_dict = model.state_dict()
     with replace_folder(folder) as partial:
@@ -65,6 +74,16 @@ def save_model(
             save_file(_unshared(state_dict or model.state_dict()), partial / WEIGHTS_FILE)
         if processor is not None:
             processor.save_pretrained(partial)
+
+
+def _gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a model of DTensors in CPU memory of the first process; empty on the others."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if dist.get_rank() == 0:
+            state[name] = whole.cpu()
+    return state
 
 
 def _save_swapped(model: nn.Module, folder: Path, layers: dict[str, MoE], state_dict: dict[str, Tensor]) -> None:

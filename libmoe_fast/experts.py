@@ -1,5 +1,6 @@
 """Stacked expert weights, fresh or copied from a dense MLP (sparse upcycling, Komatsuzaki et al. 2022)."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -67,8 +68,16 @@ class Experts(nn.Module):
 
     @classmethod
     def from_dense(cls, mlp: nn.Module, num_experts: int) -> "Experts":
-        """`num_experts` copies of a dense MLP, with its dtype, device and requires_grad. See `dense_parts`."""
-        parts = dense_parts(mlp)
+        """`num_experts` copies of a dense MLP, with its dtype, device and requires_grad. See `dense_parts`.
+
+        Of one whose weights DeepSpeed has partitioned (transformers' from_pretrained under ZeRO-3 does), every process
+        gathers and copies the whole; deepspeed.initialize partitions the copies.
+        """
+        with _whole(mlp):
+            return cls._from_parts(dense_parts(mlp), num_experts)
+
+    @classmethod
+    def _from_parts(cls, parts: "DenseParts", num_experts: int) -> "Experts":
         out_features, hidden_features = parts.w2.shape
         experts = cls(
             parts.w1.shape[1],
@@ -163,7 +172,7 @@ def dense_parts(mlp: nn.Module) -> DenseParts:
 
     Raises ConfigError, naming the part, for what a copy of the weights would lose: a module of another kind, further
     children or tensors, layers that are no plain nn.Linear (adapters, quantised, parametrised, pruned), hooks, an
-    unknown activation, weights that DeepSpeed has partitioned, and a forward that computes something else.
+    unknown activation, and a forward that computes something else.
     """
     if (adapter := ADAPTERS.get(type(mlp).__name__)) is not None:
         parts = adapter(mlp)
@@ -182,6 +191,29 @@ def dense_parts(mlp: nn.Module) -> DenseParts:
     parts = DenseParts(joined("weight"), joined("bias"), second.weight, second.bias, activation_name(act), gated)
     _compare_with_forward(mlp, parts)
     return parts
+
+
+def stack_dense(state: dict[str, Tensor], num_experts: int, *, gated: bool) -> dict[str, Tensor] | None:
+    """The weights of a dense MLP, by its own names, as those of `num_experts` copies; None if they are no such MLP's.
+
+    state: what is stored of one module, {"fc1.weight": [H, D], "fc1.bias": [H], "fc2.weight": [O, H], ...}.
+    """
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
+    known = [(firsts, second) for firsts, _, second in GATED_LAYOUTS] if gated else []
+    known += [] if gated else [((first,), second) for first, _, second in PLAIN_LAYOUTS]
+    if not gated and len(layers) == 2 and all(layer.isdigit() for layer in layers):  # nn.Sequential's
+        known.append(((min(layers, key=int),), max(layers, key=int)))
+    for firsts, second in known:
+        if {*firsts, second} == set(layers) and all(f"{layer}.weight" in state for layer in layers):
+            stacked = {}
+            for name, parts in (("1", firsts), ("2", (second,))):
+                for kind, field in (("w", "weight"), ("b", "bias")):
+                    tensors = [state[key] for layer in parts if (key := f"{layer}.{field}") in state]
+                    if tensors:
+                        whole = torch.cat(tensors)
+                        stacked[kind + name] = whole.expand(num_experts, *whole.shape)  # [N, ...]
+            return stacked
+    return None
 
 
 def find_layers(mlp: nn.Module) -> tuple[list[nn.Module], nn.Module, bool]:
@@ -207,14 +239,21 @@ def _does_nothing(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
 
 
+def _whole(mlp: nn.Module) -> contextlib.AbstractContextManager:
+    """Inside, weights that DeepSpeed ZeRO-3 has partitioned are whole."""
+    partitioned = [p for p in mlp.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
+
+
 def _refuse_what_a_copy_loses(mlp: nn.Module, layers: list[nn.Module]) -> None:
     name = type(mlp).__name__
     for layer in layers:
-        if getattr(getattr(layer, "weight", None), "ds_id", None) is not None:
-            raise ConfigError(
-                f"the weights of {name} are partitioned by DeepSpeed ZeRO-3; "
-                "upcycle the model before deepspeed.initialize, outside deepspeed.zero.Init"
-            )
+        if hasattr(getattr(layer, "weight", None), "full_tensor"):
+            raise ConfigError(f"the weights of {name} are sharded; upcycle the model first, then call fully_shard")
         if type(layer) is not nn.Linear:
             raise ConfigError(
                 f"{name} has a {type(layer).__module__}.{type(layer).__name__} where experts are copied from an "

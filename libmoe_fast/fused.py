@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from libmoe_fast.errors import BackendError
 from libmoe_fast.reference import accumulation_dtype
 from libmoe_fast.spec import AuxLosses, Dispatch, LossOptions, RouterSpec, Routing, decode_spec, routed_shapes
 
@@ -233,6 +233,23 @@ def _experts_backward(ops: FusedOps, ctx, dy: Tensor | None, _dz: None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Definition
 
+TWICE = """\
+the fused backends are not differentiable twice (gradient penalties, Hessians); backend='reference' is: pass it to \
+upcycle or MoE, or set LIBMOE_FAST_BACKEND=reference"""
+
+
+class NotTwice(torch.autograd.Function):
+    """A gradient as it is. torch's once_differentiable lets one pass silently whose own gradient is a constant."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise BackendError(TWICE)
+
+
 LIBRARY = torch.library.Library("libmoe_fast", "FRAGMENT")
 
 
@@ -251,9 +268,12 @@ def differentiable(op, setup: Callable, backward: Callable) -> Callable:
         setup(ctx, inputs, output)
         return tuple(output)
 
-    @once_differentiable
     def run_backward(ctx, *grads):
-        return None, *backward(ctx, *grads)
+        with torch.no_grad():
+            made = backward(ctx, *grads)
+        if torch.is_grad_enabled():  # create_graph: whoever differentiates these again must not get zeros
+            made = (t if t is None else NotTwice.apply(t.requires_grad_()) for t in made)
+        return None, *made
 
     returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
     members = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}

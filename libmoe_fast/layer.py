@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from libmoe_fast import loss_scale, ops
 from libmoe_fast.errors import ConfigError
-from libmoe_fast.experts import Experts
+from libmoe_fast.experts import Experts, stack_dense
 from libmoe_fast.routers import build_router, check_router_options
 from libmoe_fast.spec import LossOptions, Routing, check_choice, check_not_negative
 
@@ -124,6 +124,16 @@ class MoE(nn.Module):
             dtype=weight.dtype,
         )
         self.experts = experts
+        # Its own copy: a wrapper around the experts (peft's) has sizes of another meaning.
+        self.sizes = {
+            "in_features": experts.in_features,
+            "hidden_features": experts.hidden_features,
+            "out_features": experts.out_features,
+            "num_experts": experts.num_experts,
+            "activation": experts.activation,
+            "gated": experts.gated,
+            "bias": list(experts.bias),
+        }
         self.router_name, self.router_options = router, dict(router_options or {})
         self.balance_coef, self.z_coef, self.aux_weight = balance_coef, z_coef, aux_weight
         self.balance_over, self.balance_scope = balance_over, balance_scope
@@ -159,6 +169,17 @@ class MoE(nn.Module):
             return y, routing.probs.new_zeros(()) if total is None else total
         return y
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        """What belongs to a dense MLP is loaded into every expert, as `from_dense` copies it; the router stays."""
+        if dense := {n: t for n, t in state_dict.items() if n.startswith(prefix)}:
+            own = {name.removeprefix(prefix): tensor for name, tensor in dense.items()}
+            if (stacked := stack_dense(own, self.sizes["num_experts"], gated=self.sizes["gated"])) is not None:
+                for name in dense:
+                    del state_dict[name]
+                state_dict.update({f"{prefix}experts.{name}": tensor for name, tensor in stacked.items()})
+                state_dict.update({f"{prefix}router.{name}": t for name, t in self.router.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def clear_statistics(self) -> None:
         """Forgets the logged values, so that a batch that skips this layer cannot report an older one's."""
         self.set_statistics(None, None, None, None)
@@ -174,16 +195,9 @@ class MoE(nn.Module):
 
     def config(self) -> dict:
         """Keyword arguments that build a layer like this one (JSON-able); what a checkpoint stores."""
-        experts = self.experts
         return {
-            "in_features": experts.in_features,
-            "hidden_features": experts.hidden_features,
-            "out_features": experts.out_features,
-            "num_experts": experts.num_experts,
+            **self.sizes,
             "top_k": self.router.spec.top_k,
-            "activation": experts.activation,
-            "gated": experts.gated,
-            "bias": list(experts.bias),
             "router": self.router_name,
             "router_options": self.router_options,
             "balance_coef": self.balance_coef,
@@ -193,14 +207,18 @@ class MoE(nn.Module):
             "balance_scope": self.balance_scope,
         }
 
+    def _weight(self) -> Tensor:
+        """w1, which peft's wrapper of the experts does not show."""
+        experts = self.experts
+        return experts.w1 if hasattr(experts, "w1") else experts.get_base_layer().w1
+
     def _check(self, x: Tensor) -> None:
-        if x.ndim == 0 or x.shape[-1] != self.experts.in_features:
+        width = self.sizes["in_features"]
+        if x.ndim == 0 or x.shape[-1] != width:
+            raise ConfigError(f"tokens have shape {tuple(x.shape)}, but this MoE takes [..., D] with D = {width}")
+        if autocast_dtype(x) is None and x.dtype != self._weight().dtype:
             raise ConfigError(
-                f"tokens have shape {tuple(x.shape)}, but this MoE takes [..., D] with D = {self.experts.in_features}"
-            )
-        if autocast_dtype(x) is None and x.dtype != self.experts.w1.dtype:
-            raise ConfigError(
-                f"tokens are {x.dtype}, but the experts are {self.experts.w1.dtype}; "
+                f"tokens are {x.dtype}, but the experts are {self._weight().dtype}; "
                 "cast one of them, or run under torch.autocast"
             )
 
@@ -214,7 +232,7 @@ class MoE(nn.Module):
         if not self.training or self.aux_mode == "off":
             return None
         attach = self.aux_mode == "attach" and torch.is_grad_enabled()
-        if self.aux_scale.device != self.experts.w1.device:  # the weights were replaced one by one, not moved together
+        if self.aux_scale.device != self._weight().device:  # the weights were replaced one by one, not moved together
             self.share_aux_scale()
         return LossOptions(
             balance_coef=self.balance_coef * self.aux_weight,
@@ -239,7 +257,7 @@ class MoE(nn.Module):
 
         No buffer: one that no checkpoint holds comes out of transformers' from_pretrained with whatever was in memory.
         """
-        self.aux_scale = loss_scale.shared(self.experts.w1.device)
+        self.aux_scale = loss_scale.shared(self._weight().device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

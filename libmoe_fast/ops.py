@@ -210,3 +210,4 @@ def _attach_backward(ctx, grad: Tensor):
 
 
 attach_aux_loss.register_autograd(_attach_backward, setup_context=_attach_setup)
+aux_loss_gradient.register_autograd(lambda ctx, _: (None, None))  # `scale` is a constant, also to a second backward

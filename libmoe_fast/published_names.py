@@ -67,9 +67,7 @@ def our_name(name: str, prefixes: Mapping[str, str]) -> tuple[str, int | None]:
 
 def their_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     state = model.state_dict()
-    prefixes = {
-        ours: theirs for theirs, ours in prefixes_of(state).items()
-    }
+    prefixes = {ours: theirs for theirs, ours in prefixes_of(state).items()}
     gate = {ours: theirs for theirs, ours in GATE.items()}
     linear = {ours: theirs for theirs, ours in PROJECTOR.items()}
     layers = moe_layers(model)

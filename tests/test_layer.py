@@ -526,13 +526,3 @@ def test_memory_kept_for_backward(router, backend):
     kept_bytes = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
     gate = 4 * 2 * 4 * (D + 1) if router == "hyper" else 0  # the generated gate, whatever T is
     assert 2 * T * D <= kept_bytes <= 1.01 * (2 * T * D + 2 * T * K * H) + gate
-
-
-@pytest.mark.parametrize("backend", [b for b in CPU_BACKENDS if b != "reference"])
-def test_second_derivatives_are_refused(backend):
-    """The fused backends have none: wrong ones without a word would be worse."""
-    moe = MoE(4, 8, 4, num_experts=3, top_k=2, backend=backend)
-    x = torch.randn(3, 4, requires_grad=True)
-    (dx,) = torch.autograd.grad(moe(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()

@@ -1,0 +1,146 @@
+"""Swapped layers in other people's wrappers: the same losses as the plain model's, or a word that says why not."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import libmoe_fast
+from libmoe_fast import MoE, available_backends, load_model, moe_layers, save_model, upcycle
+from libmoe_fast.errors import BackendError
+from libmoe_fast.train.tiny import tiny_llava
+
+FUSED = [name for name, missing in available_backends().items() if name != "reference" and missing is None]
+
+
+@pytest.fixture(scope="module")
+def swapped():
+    model, processor = tiny_llava("clip", dim=16, vision_layers=2, text_layers=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        upcycle(model, num_experts=3)
+    ids = processor.tokenizer("<image>" * 16 + " odd?", return_tensors="pt")["input_ids"]
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return model, {"input_ids": ids, "pixel_values": pixels, "labels": ids}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# peft
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_parameters": ["experts.w1", "experts.w2"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["router"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["experts", "router"]},
+    ],
+    ids=["LoRA on experts", "routers trained beside", "experts trained beside"],
+)
+def test_peft_trains_merges_and_reloads(swapped, options, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, batch = swapped
+    config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **options)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    adapted.train()(**batch).loss.backward()
+    learning = {name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is not None}
+    experts = {name for name in learning if "projector" in name and "experts" in name}
+    assert experts if "experts" in str(options) else not experts
+    assert all(adapted.get_parameter(name).grad.abs().max() > 0 for name in learning)
+    with torch.no_grad():
+        expected = adapted.eval()(**batch).logits
+        assert (expected - model.eval()(**batch).logits).abs().max() > 1e-3 or "modules_to_save" in options
+        adapted.save_pretrained(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+        assert torch.equal(again.eval()(**batch).logits, expected)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged.eval()(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    save_model(merged, tmp_path / "merged")
+    assert torch.equal(load_model(tmp_path / "merged")(**batch).logits, merged(**batch).logits)
+    assert {layer.sizes["in_features"] for layer in moe_layers(merged).values()} == {16}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DDP, FSDP, ZeRO-3
+
+
+def test_two_processes_in_ddp_fsdp_and_zero3(tmp_path):
+    script = Path(__file__).with_name("wrapper_runs.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, script, tmp_path], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        found = dict(line.split(": ") for line in (tmp_path / f"rank{rank}.txt").read_text().splitlines())
+        assert found.keys() == {"DDP", "FSDP1", "FSDP2", "FSDP2 saved", "ZeRO-3 from_pretrained", "sharded before"}
+        assert "upcycle the model first, then call fully_shard" in found.pop("sharded before")
+        assert {name: float(value) for name, value in found.items()} == pytest.approx(dict.fromkeys(found, 0), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives of derivatives
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("weight", [1.0, None], ids=["constant", "computed"])  # whether what arrives is a constant
+def test_fused_backends_say_that_they_are_not_differentiable_twice(backend, weight):
+    """A gradient penalty in a loss that has other terms would else train on nothing, without a word."""
+    layer = MoE(8, 16, 8, num_experts=3, top_k=2, backend=backend)
+    x = torch.randn(5, 8, requires_grad=True)
+    y = layer(x)
+    (gradient,) = torch.autograd.grad(y.sum() if weight else y.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(BackendError, match="backend='reference' is"):
+        (y.sum() + gradient.pow(2).sum()).backward()
+
+
+def test_the_reference_is_differentiable_twice():
+    torch.manual_seed(0)
+    layer = MoE(4, 6, 4, num_experts=3, top_k=2, backend="reference", dtype=torch.float64, aux_mode="off")
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense weights, loaded after upcycling
+
+
+@pytest.mark.parametrize("router", ["smoe", "cosine", "hyper"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)),
+        lambda: tiny_llava("clip", dim=16, vision_layers=1, text_layers=1)[0].model.multi_modal_projector,
+        lambda: tiny_llava("clip", dim=16, vision_layers=1, text_layers=1)[0].model.vision_tower.encoder.layers[0].mlp,
+        lambda: tiny_llava("clip", dim=16, vision_layers=1, text_layers=1)[0].model.language_model.layers[0].mlp,
+    ],
+    ids=["LLaVA's mm_projector", "multi_modal_projector", "CLIPMLP", "Phi3MLP"],
+)
+def test_dense_weights_go_into_every_expert(build, router):
+    """LLaVA's scripts load mm_projector.bin into a model that may be upcycled by then."""
+    torch.manual_seed(0)
+    dense = build()
+    layer = MoE.from_dense(build(), router=router, num_experts=3)
+    stored = {name: torch.randn_like(tensor) for name, tensor in dense.state_dict().items()}
+    router_before = {name: tensor.clone() for name, tensor in layer.router.state_dict().items()}
+    holder = nn.ModuleDict({"mm_projector": layer})
+    assert not any(holder.load_state_dict({f"mm_projector.{name}": t for name, t in stored.items()}))
+    dense.load_state_dict(stored)
+    x = torch.randn(1, 5, layer.sizes["in_features"])
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(layer.router.state_dict()[name], tensor) for name, tensor in router_before.items())
+    assert len({t.data_ptr() for t in layer.experts.w1}) == 3
+
+
+def test_other_weights_are_still_refused():
+    layer = MoE.from_dense(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)), num_experts=2)
+    for stored, message in [
+        ({"0.weight": torch.ones(16, 8)}, "Missing"),
+        ({"0.weight": torch.ones(8, 16), "0.bias": torch.ones(16), "2.weight": torch.ones(4, 16)}, "size mismatch"),
+        ({"0.weight": torch.ones(16, 8), "2.weight": torch.ones(4, 16), "4.weight": torch.ones(4)}, "Unexpected"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(stored)
+    assert libmoe_fast.moe_layers(layer) == {"": layer}
