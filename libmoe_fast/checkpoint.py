@@ -217,6 +217,16 @@ def _read_weights(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
         }
 
 
+def layer_names(folder: Path) -> list[str]:
+    """The MoE layers of a checkpoint, in model order, without its weights; [] for a dense one, or none at all."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if (folder / RECIPE_FILE).exists():
+            return list(read_recipe(folder)["layers"])
+        found = json.loads((folder / "config.json").read_text()).get(RECIPE_KEY)
+        return [] if found is None else list(check_recipe(found, folder / "config.json")["layers"])
+    return []
+
+
 def read_recipe(folder: Path) -> dict:
     """The layout, version and layers of a checkpoint; CheckpointError for any that this version cannot read."""
     path = folder / RECIPE_FILE

@@ -47,10 +47,13 @@ _EVALUATE = """\
 Evaluate a checkpoint through lmms-eval; count which experts its images are sent to.
 
   libmoe-fast evaluate runs/smoe/final --tasks MME POPE --batch_size 16
+  libmoe-fast evaluate runs/*/final --suite libmoe --skip_judged --hub_folder datasets
   libmoe-fast evaluate runs/smoe/final --tasks my_task --include_path my_tasks/
   torchrun --nproc_per_node 4 -m libmoe_fast.cli evaluate runs/smoe/final --tasks mmstar
 
-Scores, predictions and counts go to eval/ beside the checkpoint, where `libmoe-fast report` finds them.
+Answers are written as they come and scores after each task, to eval/ beside the checkpoint, where `libmoe-fast report`
+finds them. The same command goes on where it stopped. A task that fails is reported at the end (exit code 1); the
+others keep their scores.
 """
 
 _REPORT = """\
@@ -91,7 +94,9 @@ Say what works here: versions, the extension and its ABI, and for each backend t
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 after an error the user can act on, 130 after Ctrl-C."""
+    """Run one command. Returns the exit code: 0, 1 where a part failed, 2 after an error the user can act on, 130
+    after Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)
@@ -172,7 +177,9 @@ def _train(options: Namespace) -> int:
 def _add_evaluate(parser: ArgumentParser) -> None:
     from libmoe_fast.evaluate import BENCHMARKS, EvaluateConfig
 
-    parser.add_argument("checkpoint", help="the final/ folder of a run, or any folder save_model wrote")
+    parser.add_argument(
+        "checkpoints", nargs="+", help="final/ folders of runs, or any folders save_model wrote; one after the other"
+    )
     parser.add_argument(
         "--tasks", nargs="+", default=[], help=f"lmms-eval tasks, or LibMoE's benchmarks: {', '.join(BENCHMARKS)}"
     )
@@ -184,11 +191,20 @@ def _evaluate(options: Namespace) -> int:
     from libmoe_fast.evaluate import EvaluateConfig, evaluate
 
     values = vars(options)
-    checkpoint = values.pop("checkpoint")
-    scores = evaluate(checkpoint, EvaluateConfig(**values))
-    for column, score in scores.items():
-        print(f"{column}: {score:.2f}")
-    return 0
+    checkpoints = values.pop("checkpoints")
+    if len(checkpoints) > 1 and values["out"] is not None:
+        raise ConfigError(f"--out is one folder, and there are {len(checkpoints)} checkpoints; leave it out")
+    failed = False
+    for checkpoint in checkpoints:
+        outcome = evaluate(checkpoint, EvaluateConfig(**values))
+        if len(checkpoints) > 1:
+            print(f"{checkpoint}:")
+        for column, score in outcome.scores.items():
+            print(f"{column}: {score:.2f}")
+        for task, reason in outcome.failures.items():
+            print(f"libmoe-fast: {checkpoint}: {task} failed: {_one_line(reason)}", file=sys.stderr)
+        failed = failed or bool(outcome.failures)
+    return 1 if failed else 0
 
 
 def _add_report(parser: ArgumentParser) -> None:
@@ -313,7 +329,7 @@ def _config_file(name: str) -> str:
     return str(path)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())
 
 

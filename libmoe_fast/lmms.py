@@ -9,28 +9,32 @@ Importing this module needs torch and lmms-eval only; a checkpoint's code is imp
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from itertools import islice
+from operator import add
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from lmms_eval.api.model import lmms
 
-from libmoe_fast.checkpoint import DEFAULT_FORMAT, FORMAT
+from libmoe_fast.analysis.counts import RoutingCounts, image_layers
+from libmoe_fast.checkpoint import DEFAULT_FORMAT, FORMAT, layer_names
 from libmoe_fast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    from libmoe_fast.analysis import RoutingCounts
+    from libmoe_fast.answers import AnswerStore
 
 # The field(s) of a benchmark's documents that name their subtask.
 CATEGORY_FIELDS = {
@@ -50,6 +54,10 @@ def manifests() -> list[ModelManifest]:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [ModelManifest(model_id="libmoe_fast", chat_class_path=f"{__name__}.LibMoEFast")]
+
+
+class AnsweredShare(Exception):
+    """All questions of this process's share are answered and on disk; scoring needs the others' answers too."""
 
 
 @dataclass
@@ -76,6 +84,8 @@ class LibMoEFast(lmms):
             trained, else `"pad"`.
         record: file for the expert-selection counts (JSON, see `analysis.RoutingCounts`); none: not counted.
         max_new_tokens: for tasks that do not say.
+        answers: where answers are kept as they come, and taken from; the model is loaded for the first that is missing.
+        share: (which, of how many): answer only every so-manieth question, then raise AnsweredShare.
 
     Raises:
         ConfigError: an option it does not have.
@@ -94,6 +104,8 @@ class LibMoEFast(lmms):
         image_aspect: str | None = None,
         record: str | None = None,
         max_new_tokens: int = 128,
+        answers: AnswerStore | None = None,
+        share: tuple[int, int] | None = None,
         max_batch_size: int | None = None,  # lmms-eval always passes it; it is for automatic batch sizes
         **unknown: Any,
     ) -> None:
@@ -107,12 +119,15 @@ class LibMoEFast(lmms):
             raise ConfigError(f"image_aspect is {image_aspect!r}: expected 'pad' or 'none'")
         self._batch_size = _positive(batch_size, "batch_size")
         self._max_new_tokens = _positive(max_new_tokens, "max_new_tokens")
-        self._record = record
+        self._record, self._store, self.share = record, answers, share
+        self._checkpoint = {"folder": str(pretrained), "dtype": dtype, "backend": backend}
+        self._image_aspect = image_aspect
         self._join_ranks(device)
-        self._load(str(pretrained), dtype, backend)
-        trained = DEFAULT_FORMAT | (getattr(self._model.config, FORMAT, None) or {})
-        self._image_aspect = image_aspect or trained["image_aspect"]
-        self._context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self.counts = RoutingCounts(image_layers(layer_names(Path(pretrained))))
+        self.given: list[Any] = []
+        self._data = ""
+        if answers is None:
+            self.load()
 
     @property
     def batch_size(self) -> int:
@@ -131,18 +146,30 @@ class LibMoEFast(lmms):
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        if self._world_size > 1 and not dist.is_initialized():
+        if self._world_size > 1 and self._store is None and not dist.is_initialized():
             dist.init_process_group("nccl" if self._device.type == "cuda" else "gloo")
 
-    def _load(self, folder: str, dtype: str, backend: str | None) -> None:
+    def __getattr__(self, name: str) -> Any:
+        """The model and what comes with it, when they are asked for first."""
+        if name in ("_model", "_processor", "_tokenizer", "_image_tokens", "_context"):
+            self.load()
+            return self.__dict__[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def load(self) -> None:
+        """The model and its processor; raises what load_model does, and CheckpointError without a processor."""
+        folder = self._checkpoint["folder"]
         from transformers import AutoProcessor
 
         import libmoe_fast
-        from libmoe_fast.analysis import RoutingCounts
         from libmoe_fast.train.model import image_tokens
 
-        self._model = libmoe_fast.load_model(folder, dtype=_torch_dtype(dtype), backend=backend)
-        self._model.to(self._device).eval()
+        dtype = _torch_dtype(self._checkpoint["dtype"])
+        model = libmoe_fast.load_model(folder, dtype=dtype, backend=self._checkpoint["backend"])
+        self._model = model.to(self._device).eval()
+        trained = DEFAULT_FORMAT | (getattr(model.config, FORMAT, None) or {})
+        self._image_aspect = self._image_aspect or trained["image_aspect"]
+        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         try:
             self._processor = AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError) as error:
@@ -152,16 +179,17 @@ class LibMoEFast(lmms):
         self._tokenizer = self._processor.tokenizer
         self._tokenizer.padding_side = "left"  # a generated token follows the prompt, not padding
         self._image_tokens = image_tokens(self._model)
-        self._counts = RoutingCounts(list(libmoe_fast.moe_layers(self._model)))
 
     # ---- what lmms-eval calls
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of `requests`; batches hold requests of equal generation settings."""
-        return self._answer(requests, lambda i, doc: requests[i].args[1](doc))
+        requests = self._mine(requests)
+        return self._end_of_share(self._answer(requests, lambda i, doc: requests[i].args[1](doc)))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """A list of answers per request: the task writes each round's messages from the answers so far."""
+        requests = self._mine(requests)
         rounds = [_Rounds() for _ in requests]
         going_on = [i for i, request in enumerate(requests) if not _is_padding(request)]
         while going_on:
@@ -169,15 +197,17 @@ class LibMoEFast(lmms):
                 rounds[i].prepare(requests[i].args[1], self._document(requests[i]))
             going_on = [i for i in going_on if rounds[i].messages is not None]
             messages = [rounds[i].messages for i in going_on]
-            answers = self._answer([requests[i] for i in going_on], lambda j, _, given=messages: given[j])
+            so_far = [list(rounds[i].answers) for i in going_on]
+            asked = [requests[i] for i in going_on]
+            answers = self._answer(asked, lambda j, _, given=messages: given[j], so_far)
             for i, answer in zip(going_on, answers, strict=True):
                 rounds[i].answers.append(answer)
-        return [state.answers for state in rounds]
+        return self._end_of_share([state.answers for state in rounds])
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(mean negative log-likelihood, greedy?) of each continuation, which is what lmms-eval takes the argmin of."""
         scored = []
-        for request in requests:
+        for request in self._mine(requests):
             context, continuation, *document = request.args
             visuals = []
             if document:  # absent in the unconditional requests of acc_mutual_info
@@ -187,13 +217,43 @@ class LibMoEFast(lmms):
                 continuation = continuation if isinstance(continuation, str) else continuation(doc)
             content = [{"type": "image", "url": image} for image in visuals] + [{"type": "text", "text": context}]
             scored.append(self._score([{"role": "user", "content": content}], continuation))
-        return scored
+        return self._end_of_share(scored)
 
     def clean(self) -> None:
         """lmms-eval calls this once, on every rank, when all requests are answered: the place to write the counts."""
         if self._record is not None:
             self._write_counts(self._record)
-        super().clean()
+        if self._store is None:  # else further tasks come, and may need the model
+            super().clean()
+
+    # ---- what `evaluate` calls
+
+    @property
+    def store(self) -> AnswerStore | None:
+        return self._store
+
+    def begin(self, share: tuple[int, int] | None, data: str = "") -> None:
+        """Before a task: its counts are its own. data: what tells its documents from others of the same name."""
+        self.share, self.given, self._data = share, [], data
+        self.counts = RoutingCounts(self.counts.layers)
+
+    def digest(self) -> str:
+        """Of the answers given since `begin`."""
+        return hashlib.sha256(json.dumps(self.given).encode()).hexdigest()[:16]
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+
+    def _mine(self, requests: list[Instance]) -> list[Instance]:
+        which, of = self.share or (0, 1)
+        return requests[which::of]
+
+    def _end_of_share(self, answers: list) -> list:
+        self.given += answers
+        if self.share is not None:
+            raise AnsweredShare(f"{len(answers)} questions answered")
+        return answers
 
     # ---- answering
 
@@ -244,34 +304,79 @@ class LibMoEFast(lmms):
             encoded["pixel_values"] = pixels.to(self._device, self._model.dtype)
         return dict(encoded)
 
-    def _answer(self, requests: list[Instance], messages: Callable[[int, Mapping], list[dict]]) -> list[str]:
+    def _answer(
+        self,
+        requests: list[Instance],
+        messages: Callable[[int, Mapping], list[dict]],
+        so_far: Sequence[Any] | None = None,
+    ) -> list[str]:
         """Answers in the order of `requests`; only one batch of images is in memory at a time.
 
         Args:
             messages: from a request's position and its document to its chat.
+            so_far: what else a request's answer depends on, for the store.
         """
         from tqdm import tqdm
 
-        answers = [""] * len(requests)  # a padding request keeps this: no rank waits for another inside a batch
-        with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0 or not requests) as bar:
-            for indices in _batches(requests, self._batch_size):
+        lines: dict[int, dict[str, Any]] = {}
+        keys = {}
+        if self._store is not None:
+            keys = {i: self._key(r, so_far and so_far[i]) for i, r in enumerate(requests) if not _is_padding(r)}
+            lines = {i: line for i, key in keys.items() if (line := self._store.get(key)) is not None}
+        missing = [i for i, request in enumerate(requests) if i not in lines and not _is_padding(request)]
+        description = f"Answering {requests[0].task_name}" if requests and requests[0].task_name else "Answering"
+        with tqdm(total=len(requests), desc=description, disable=self.rank != 0 or not requests) as bar:
+            bar.update(len(lines))
+            for indices in _batches(requests, self._batch_size, missing):
                 prompts = [self._prompt(requests[i], partial(messages, i)) for i in indices]
-                answered = self._generate(prompts, _settings(requests[indices[0]]))
-                for i, answer in zip(indices, answered, strict=True):
-                    answers[i] = answer
+                for i, line in zip(indices, self._generate(prompts, _settings(requests[indices[0]])), strict=True):
+                    lines[i] = line
+                    if self._store is not None:
+                        self._store.add(requests[i].args[-2], keys[i], line)
                 bar.update(len(indices))
-        return answers
+        for i, line in sorted(lines.items()):
+            if line["images"] and self.counts.layers:
+                self.counts.add(
+                    requests[i].args[-2], line["categories"], line["counts"], line["gates"], images=line["images"]
+                )
+        # A padding request keeps an empty answer: no rank waits for another inside a batch.
+        return [lines[i]["answer"] if i in lines else "" for i in range(len(requests))]
+
+    def _key(self, request: Instance, so_far: Any) -> str:
+        context, *_, doc_id, task, split = request.args
+        data = [self._data, getattr(self.task_dict[task][split], "_fingerprint", None)]
+        return self._store.key(task, split, doc_id, context, _settings(request), request.idx, data, so_far)
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[Prompt], settings: Mapping[str, Any]) -> list[str]:
+    def _generate(self, prompts: list[Prompt], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Of each prompt: the answer, its categories, and where its images' tokens went (see AnswerStore)."""
+        from libmoe_fast.analysis.counter import record_images
+
         options = _generation_options(settings, self._max_new_tokens)
         inputs = self._inputs(prompts)
         self._check_length(inputs["input_ids"].shape[1], options["max_new_tokens"])
-        with self._counting(prompts, options):
+        images = sum(len(prompt.images) for prompt in prompts) if self._counting else 0
+        with record_images(self._model, images, beams=options.get("num_beams", 1)) as seen:
             output = self._model.generate(**inputs, **options, pad_token_id=self._tokenizer.pad_token_id)
         new = output[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [_cut(text, settings.get("until")) for text in texts]
+        records = iter(seen)
+        lines = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            line = {"answer": _cut(text, settings.get("until")), "categories": prompt.categories, "images": 0}
+            if own := list(islice(records, len(prompt.images))):
+                record = reduce(add, own)
+                line |= {
+                    "images": len(own),
+                    "counts": [counts.tolist() for counts in record.counts],
+                    "gates": [[round(value, 5) for value in gates.tolist()] for gates in record.gates],
+                }
+            lines.append(line)
+        return lines
+
+    @property
+    def _counting(self) -> bool:
+        return bool(self.counts.layers) and (self._record is not None or self._store is not None)
 
     def _check_length(self, prompt: int, new: int) -> None:
         if self._context is not None and prompt + new > self._context:
@@ -301,16 +406,8 @@ class LibMoEFast(lmms):
 
     # ---- counting
 
-    def _counting(self, prompts: list[Prompt], options: Mapping[str, Any]) -> AbstractContextManager:
-        if self._record is None:
-            return nullcontext()
-        from libmoe_fast.analysis.counter import ImageOwner, count_experts
-
-        owners = [ImageOwner(prompt.task, prompt.categories) for prompt in prompts for _ in prompt.images]
-        return count_experts(self._model, self._counts, owners, beams=options.get("num_beams", 1))
-
     def _write_counts(self, path: str) -> None:
-        counts = self._counts
+        counts = self.counts
         if self._world_size > 1:
             gathered: list[RoutingCounts | None] = [None] * self._world_size
             dist.all_gather_object(gathered, counts)
@@ -360,12 +457,11 @@ class _Rounds:
             self.messages = None
 
 
-def _batches(requests: list[Instance], size: int) -> Iterator[list[int]]:
-    """Indices of requests to answer together: equal settings, similar length (left padding then stays short)."""
+def _batches(requests: list[Instance], size: int, wanted: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of wanted requests to answer together: equal settings, similar length (left padding stays short)."""
     groups: dict[str, list[int]] = {}
-    for i, request in enumerate(requests):
-        if not _is_padding(request):
-            groups.setdefault(json.dumps(_settings(request), sort_keys=True, default=str), []).append(i)
+    for i in wanted:
+        groups.setdefault(json.dumps(_settings(requests[i]), sort_keys=True, default=str), []).append(i)
     for group in groups.values():
         group.sort(key=lambda i: len(requests[i].args[0]))
         yield from (group[start : start + size] for start in range(0, len(group), size))

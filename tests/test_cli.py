@@ -15,7 +15,7 @@ from libmoe_fast.cli import main
 
 pytest.importorskip("jsonargparse")
 
-COMMANDS = ("train", "evaluate", "report", "bench", "doctor")
+COMMANDS = ("train", "evaluate", "report", "convert", "bench", "doctor")
 
 
 @pytest.fixture
@@ -128,16 +128,20 @@ def test_tasks_that_cannot_run_are_refused(fails, checkpoints, digits, monkeypat
     assert expected in fails("evaluate", checkpoints / "smoe" / "final", *named, "--include_path", digits.tasks)
 
 
-def test_a_benchmark_that_cannot_be_downloaded(fails, checkpoints, monkeypatch, tmp_path):
-    """lmms-eval's own error would be 100 lines; offline here, so that nothing is tried."""
+def test_a_benchmark_that_cannot_be_downloaded(checkpoints, digits, monkeypatch, tmp_path, capsys):
+    """One line where lmms-eval's own error has 100; the other column has its score, and the exit code is 1."""
     import datasets.config
     import tenacity.nap
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(tenacity.nap, "time", types.SimpleNamespace(sleep=lambda _: None))
-    line = fails("evaluate", checkpoints / "smoe" / "final", "--tasks", "POPE", "--out", tmp_path)
+    command = ["evaluate", checkpoints / "smoe" / "final", "--tasks", "POPE", "digit", "--out", tmp_path]
+    assert main([str(a) for a in [*command, "--include_path", digits.tasks, "--limit", 2]]) == 1
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("libmoe-fast")]
     assert "lmms-eval gave up on pope" in line
     assert "hf auth login" in line
+    assert "digit: " in printed.out
 
 
 def test_missing_task_folder(fails, checkpoints):

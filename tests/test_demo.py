@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from libmoe_fast import ConfigError, LibMoEError
 from libmoe_fast.cli import main
+from libmoe_fast.evaluate import Outcome
 from libmoe_fast.train import demo
 from libmoe_fast.train.digits import QUESTIONS, VOCAB_TEXTS, write_digits
 from libmoe_fast.train.tiny import tiny_llava
@@ -133,7 +134,7 @@ def test_every_command_of_the_plan_is_accepted(tmp_path, digits, monkeypatch):
     """Each through the real command line, with its options checked; only the work itself is left out."""
     ran = []
     monkeypatch.setattr("libmoe_fast.train.loop.train", lambda config: ran.append(config.model.stage))
-    monkeypatch.setattr("libmoe_fast.evaluate.evaluate", lambda checkpoint, config: ran.append(config.tasks) or {})
+    monkeypatch.setattr("libmoe_fast.evaluate.evaluate", lambda _, config: ran.append(config.tasks) or Outcome({}, {}))
     for part in plan(tmp_path, digits) + plan(tmp_path, digits, short=True):
         assert main(list(part.command)) == 0
     assert ran.count(3) == len(demo.ROUTERS) + len(demo.SHORT_ROUTERS)

@@ -65,7 +65,7 @@ def pixel_values(model, doc):
 
 
 def counted(model):
-    task = model._counts.tasks.get("mine")
+    task = model.counts.tasks.get("mine")
     return None if task is None else task.total.counts
 
 
@@ -97,14 +97,14 @@ def test_counts_are_those_of_the_routing_itself(plugin, documents, checkpoints):
             for expert in routing.index.flatten().tolist():
                 expected[name][expert] += 1
     assert len(expected) == LAYERS
-    for name, counts in zip(model._counts.layers, counted(model), strict=True):
+    for name, counts in zip(model.counts.layers, counted(model), strict=True):
         assert counts.tolist() == expected[name].tolist(), name
 
 
 def test_counts_by_category_add_up_to_the_task(plugin, documents):
     model = plugin(batch_size=3)
     model.generate_until(requests(model, documents))
-    task = model._counts.tasks["mine"]
+    task = model.counts.tasks["mine"]
     categories = task.categories["category"]
     assert set(categories) == {doc["category"] for doc in documents[:4]}  # the text-only one has no image to count
     for layer in range(LAYERS):

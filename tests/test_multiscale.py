@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from libmoe_fast import ConfigError, load_model, moe_layers, record_routing, save_model, upcycle, use_scales
-from libmoe_fast.analysis import RoutingCounts
-from libmoe_fast.analysis.counter import ImageOwner, count_experts
+from libmoe_fast.analysis.counter import record_images
 from libmoe_fast.multiscale import from_tiles, scales_of, to_tiles
 from libmoe_fast.train.tiny import tiny_llava
 
@@ -151,12 +150,11 @@ def test_gradients_reach_all_scales():
 def test_what_counts_is_the_image_at_its_own_size():
     model, processor = llava()
     upcycle(model, num_experts=3)
-    counts = RoutingCounts(list(moe_layers(model)))
-    with torch.no_grad(), count_experts(model, counts, [ImageOwner("a", {}), ImageOwner("b", {})]):
+    with torch.no_grad(), record_images(model, 2) as records:
         model.generate(**batch(processor), max_new_tokens=2, do_sample=False)
-    for task in ("a", "b"):
-        chosen = {name: int(c.sum()) for name, c in zip(counts.layers, counts.tasks[task].total.counts, strict=True)}
-        assert chosen == {name: (17 if "vision" in name else 16) * 2 for name in counts.layers}
+    for record in records:
+        chosen = [int(counts.sum()) for counts in record.counts]
+        assert chosen == [(17 if "vision" in name else 16) * 2 for name in moe_layers(model)]
 
 
 @pytest.mark.parametrize("scales", [(), (3,), (1, 1), (3, 1), (1, 2.0), (1, True), "13", (1, 99), 3])

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from libmoe_fast.analysis.results import RESULTS, read_results
 from libmoe_fast.errors import ConfigError, LibMoEError
 from libmoe_fast.files import write_atomically
-from libmoe_fast.train.digits import VOCAB_TEXTS, DigitsPaths, write_digits
+from libmoe_fast.train.digits import QUESTIONS, VOCAB_TEXTS, DigitsPaths, write_digits
 
 ROUTERS = ("smoe", "cosine", "perturbed_cosine", "sigmoid", "hyper")
 SHORT_ROUTERS = ("smoe", "hyper")  # one with auxiliary losses, and the one with a schedule of its own
@@ -132,7 +133,7 @@ def _claim(out: Path, short: bool) -> None:
 
 
 def _run(part: Part, place: str, logs: Path) -> None:
-    if part.result.exists():
+    if _is_done(part):
         print(f"{place} {part.title}: done before", flush=True)
         return
     print(f"{place} {part.title}: libmoe-fast {shlex.join(part.command)}", flush=True)
@@ -145,9 +146,17 @@ def _run(part: Part, place: str, logs: Path) -> None:
         output = None if sys.stderr.isatty() else file  # a person sees the progress bars
         command = [sys.executable, "-m", "libmoe_fast.cli", *part.command]
         code = _wait(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
-    if code or not part.result.exists():
+    if code or not _is_done(part):
         raise LibMoEError(f"{part.title} failed with exit code {code}{_last_lines(log)}")
     print(f"{place} {part.title}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _is_done(part: Part) -> bool:
+    """Its result is there; of an evaluation, which is written task by task, with every score."""
+    if part.result.name != RESULTS:
+        return part.result.exists()
+    found = read_results(part.result.parent)
+    return found is not None and not found.get("failures") and len(found["scores"]) == len(QUESTIONS)
 
 
 def _wait(process: subprocess.Popen) -> int:

@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from libmoe_fast import Routing, record_routing
-from libmoe_fast.analysis.counts import RoutingCounts
+from libmoe_fast import RouterSpec, Routing, moe_layers, record_routing
+from libmoe_fast.analysis.counts import image_layers
 from libmoe_fast.multiscale import passes
 
 
 @dataclass(frozen=True)
-class ImageOwner:
-    """What an image's tokens count for."""
+class ImageRecord:
+    """Where the tokens of one image went: per layer counts [N] int64 and gates [N + 3] float64 (see counts)."""
 
-    task: str
-    categories: Mapping[str, str]
+    counts: list[np.ndarray]
+    gates: list[np.ndarray]
+
+    def __add__(self, other: ImageRecord) -> ImageRecord:
+        pairs = zip((*self.counts, *self.gates), (*other.counts, *other.gates), strict=True)
+        sums = [mine + theirs for mine, theirs in pairs]
+        return ImageRecord(sums[: len(self.counts)], sums[len(self.counts) :])
 
 
 @contextmanager
-def count_experts(
-    model: torch.nn.Module, counts: RoutingCounts, images: Sequence[ImageOwner], *, beams: int = 1
-) -> Iterator[None]:
-    """Adds to `counts` the experts chosen inside, where the vision tower is shown these images once, in this order.
+def record_images(model: torch.nn.Module, images: int, *, beams: int = 1) -> Iterator[list[ImageRecord]]:
+    """Fills the list it yields, when it is left, with a record of each of the images that the vision tower was shown.
 
-    Of a tower that looks at several scales, the image at its own size counts, as in LibMoE.
+    Inside, the tower is shown `images` images once, in order. Of one that looks at several scales, the image at its own
+    size counts, as in LibMoE. No image, or no MoE layer: the list stays empty.
 
     Args:
-        images: whose each image is.
         beams: of the beam search that runs inside.
     """
+    records: list[ImageRecord] = []
+    layers = moe_layers(model) if images else {}
+    layers = {name: layers[name] for name in image_layers(layers)}
     with record_routing(model) as recorder:
-        yield
-    if not images or not counts.layers:
-        return
-    layers = [
-        count_per_image(recorder.records[name], len(images), beams=beams, scales=passes(model, name))
-        for name in counts.layers
-    ]
-    layers = [layer.cpu().numpy() for layer in layers]  # each [images, N]
-    for i, owner in enumerate(images):
-        counts.add(owner.task, owner.categories, [layer[i] for layer in layers])
+        yield records
+    found = []  # per layer: [images, N], [images, N + 3]
+    for name, layer in layers.items():
+        seen, scales = recorder.records[name], passes(model, name)
+        counts = count_per_image(seen, images, beams=beams, scales=scales)
+        gates = gates_per_image(seen, images, layer.router.spec, beams=beams)
+        found.append((counts.cpu().numpy(), gates.cpu().numpy()))
+    if found:
+        records.extend(ImageRecord([c[i] for c, _ in found], [g[i] for _, g in found]) for i in range(images))
 
 
 def count_per_image(seen: Sequence[Routing], images: int, *, beams: int = 1, scales: int = 1) -> torch.Tensor:
@@ -65,3 +72,22 @@ def count_per_image(seen: Sequence[Routing], images: int, *, beams: int = 1, sca
     chosen = index.reshape(images, -1)  # [images, m * tokens * K]
     row = torch.arange(images, device=chosen.device).unsqueeze(1) * num_experts
     return torch.bincount((chosen + row).flatten(), minlength=images * num_experts).view(images, num_experts)
+
+
+def gates_per_image(seen: Sequence[Routing], images: int, spec: RouterSpec, *, beams: int = 1) -> torch.Tensor:
+    """[images, N + 3] float64: sums over each image's tokens of the probabilities, 1, their entropy, and the margin."""
+    first = seen[0]
+    take = slice(None, None, beams if first.index.shape[0] == images * beams else 1)
+    p = distribution(first.probs[take].double(), spec)  # [images * m, tokens, N]
+    entropy = -torch.xlogy(p, p).sum(-1, keepdim=True) / math.log(2)
+    weights = first.weights[take].double()
+    margin = weights[..., :1] - (weights[..., 1:2] if spec.top_k > 1 else 0)
+    every = torch.cat([p, torch.ones_like(entropy), entropy, margin], dim=-1)
+    return every.reshape(images, -1, every.shape[-1]).sum(1)
+
+
+def distribution(probs: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+    """A router's p [.., N] as probabilities that sum to 1: sigmoids over their sum, and the softmax of scores."""
+    if spec.probability == "identity":
+        return probs.softmax(-1)
+    return probs / probs.sum(-1, keepdim=True) if spec.probability == "sigmoid" else probs

@@ -1,4 +1,9 @@
-"""How often each expert was chosen: per layer, per task, and per category of the task's documents."""
+"""Where image tokens went: per layer, per task, and per category of the task's documents.
+
+Two arrays per layer: `counts` [N], how often each expert was chosen, and `gates` [N + 3], sums over tokens: the gate
+probabilities of all experts, then GATES: the tokens themselves, the entropies of their probabilities in bits, and the
+margins of their gate weights (first minus second).
+"""
 
 from __future__ import annotations
 
@@ -13,19 +18,36 @@ import numpy as np
 from libmoe_fast.errors import DataError
 from libmoe_fast.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
+GATES = ("tokens", "entropy", "margin")  # what follows the N probabilities in `gates`
+
+
+def image_layers(names: Iterable[str]) -> list[str]:
+    """Those of a LLaVA's MoE layers whose tokens belong to one image each: all but the language model's."""
+    return [name for name in names if "language_model" not in name]
 
 
 @dataclass
 class Tally:
-    """Images seen, and one [N] int64 array of choices per layer."""
+    """Images seen, and per layer `counts` [N] int64 and `gates` [N + 3] float64."""
 
     images: int
     counts: list[np.ndarray]
+    gates: list[np.ndarray]
 
     def add(self, other: Tally) -> None:
         self.images += other.images
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.gates = [mine + theirs for mine, theirs in zip(self.gates, other.gates, strict=True)]
+
+    def mean(self, name: str) -> list[float]:
+        """Per layer: "entropy" or "margin" of a token on average."""
+        at = len(GATES) - GATES.index(name)
+        return [float(gates[-at] / gates[-len(GATES)]) for gates in self.gates]
+
+    def probabilities(self) -> list[np.ndarray]:
+        """Per layer [N]: the gate probability of each expert, on average."""
+        return [gates[: -len(GATES)] / gates[-len(GATES)] for gates in self.gates]
 
 
 @dataclass
@@ -46,11 +68,26 @@ class RoutingCounts:
     layers: list[str]
     tasks: dict[str, TaskCounts] = field(default_factory=dict)
 
-    def add(self, task: str, categories: Mapping[str, str], counts: Sequence[np.ndarray], *, images: int = 1) -> None:
-        """Add the choices of `images` images of one document; `counts`: one [N] array per layer."""
+    def add(
+        self,
+        task: str,
+        categories: Mapping[str, str],
+        counts: Sequence[np.ndarray],
+        gates: Sequence[np.ndarray] | None = None,
+        *,
+        images: int = 1,
+    ) -> None:
+        """Add the choices of `images` images of one document: one [N] and one [N + 3] array per layer.
+
+        gates: none given = not recorded, which leaves their sums as they are.
+        """
         if len(counts) != len(self.layers):
             raise ValueError(f"counts of {len(counts)} layers given, expected {len(self.layers)}")
-        one = Tally(images, [np.asarray(c, dtype=np.int64) for c in counts])
+        if gates is None:
+            gates = [np.zeros(len(c) + len(GATES)) for c in counts]
+        one = Tally(
+            images, [np.asarray(c, dtype=np.int64) for c in counts], [np.asarray(g, dtype=np.float64) for g in gates]
+        )
         entry = self.tasks.setdefault(task, TaskCounts(self._empty(one)))
         entry.total.add(one)
         for name, value in categories.items():
@@ -115,12 +152,20 @@ class RoutingCounts:
 
     @staticmethod
     def _empty(like: Tally) -> Tally:
-        return Tally(0, [np.zeros_like(c) for c in like.counts])
+        return Tally(0, [np.zeros_like(c) for c in like.counts], [np.zeros_like(g) for g in like.gates])
 
 
 def _tally_to_json(tally: Tally) -> dict:
-    return {"images": tally.images, "counts": [c.tolist() for c in tally.counts]}
+    return {
+        "images": tally.images,
+        "counts": [c.tolist() for c in tally.counts],
+        "gates": [[round(float(value), 6) for value in gates] for gates in tally.gates],
+    }
 
 
 def _tally_from_json(content: dict) -> Tally:
-    return Tally(int(content["images"]), [np.asarray(c, dtype=np.int64) for c in content["counts"]])
+    return Tally(
+        int(content["images"]),
+        [np.asarray(c, dtype=np.int64) for c in content["counts"]],
+        [np.asarray(g, dtype=np.float64) for g in content["gates"]],
+    )
