@@ -21,6 +21,10 @@ _MESSAGES = (
 )
 
 
+class NoAnswerError(DataError):
+    """A sample is cut before its first answer begins: nothing of it trains."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
     """A chat format in the Phi-3 family.
@@ -39,9 +43,15 @@ class ChatTemplate:
         system = "{% if messages[0]['role'] != 'system' %}" + _turn("system", self.system) + "{% endif %}"
         return "{{ bos_token }}" + system + _MESSAGES
 
-    def render(self, turns: Sequence[tuple[str, str]], bos: str) -> tuple[str, list[Span], list[Span]]:
-        """Text of alternating (question, answer) turns, and the character spans of questions and of answers."""
-        text = bos + (_turn("system", self.system) if self.system else "")
+    def render(
+        self, turns: Sequence[tuple[str, str]], bos: str, *, system: str | None = None
+    ) -> tuple[str, list[Span], list[Span]]:
+        """Text of alternating (question, answer) turns, and the character spans of questions and of answers.
+
+        system: the conversation's own system prompt, in place of the format's.
+        """
+        prompt = self.system if system is None else system
+        text = bos + ("" if prompt is None else _turn("system", prompt))
         questions, answers = [], []
         for question, answer in turns:
             start = len(text) + len("<|user|>\n")
@@ -63,17 +73,24 @@ TEMPLATES = {
 
 
 def conversation_turns(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """(question, answer) turns of a checked record; its image, if any, goes first in the first question."""
+    """(question, answer) turns of a checked record; its image, if any, goes before the first question that names it."""
     values = [turn["value"].strip() for turn in record["conversations"]]
     turns = list(zip(values[::2], values[1::2], strict=True))
     if "image" in record:
+        place = next((i for i, (question, _) in enumerate(turns) if IMAGE in question), 0)
         turns = [(question.replace(IMAGE, "").strip(), answer) for question, answer in turns]
-        turns[0] = (f"{IMAGE}\n{turns[0][0]}", turns[0][1])
+        turns[place] = (f"{IMAGE}\n{turns[place][0]}", turns[place][1])
     return turns
 
 
 def encode(
-    turns: Sequence[tuple[str, str]], tokenizer: Any, template: ChatTemplate, *, image_tokens: int, max_length: int
+    turns: Sequence[tuple[str, str]],
+    tokenizer: Any,
+    template: ChatTemplate,
+    *,
+    image_tokens: int,
+    max_length: int,
+    system: str | None = None,
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels (IGNORED outside answers), each of at most max_length entries.
 
@@ -84,17 +101,23 @@ def encode(
 
     Args:
         image_tokens: how many positions the image takes; its one `<image>` token is repeated so often.
+        system: the conversation's own system prompt.
 
     Raises:
-        DataError: max_length cuts into the image, or leaves no answer.
+        NoAnswerError: max_length leaves no answer.
+        DataError: max_length cuts into the image.
     """
-    text, questions, answers = template.render(turns, tokenizer.bos_token or "")
+    text, questions, answers = template.render(turns, tokenizer.bos_token or "", system=system)
     labelled = [(start, end + len("<|end|>")) for start, end in answers]
-    image_at = questions[0][0] if turns[0][0].startswith(IMAGE) else None  # conversation_turns puts it there
+    # conversation_turns puts it there, and leaves no other.
+    starts = (span[0] for span, (question, _) in zip(questions, turns, strict=True) if question.startswith(IMAGE))
+    image_at = next(starts, None)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
     labels: list[int] = []
     contents = [*questions, *answers]
+    if system is not None:
+        contents.append((at := text.find("<|system|>\n") + len("<|system|>\n"), at + len(system)))
     for start, tokens in tokenize(text, contents, tokenizer, image_tokens=image_tokens, image_at=image_at):
         ids += tokens
         labels += tokens if _within(start, labelled) else [IGNORED] * len(tokens)
@@ -102,7 +125,7 @@ def encode(
         raise DataError(f"max_length {max_length} cuts into the image's {image_tokens} tokens; raise data.max_length")
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORED for label in labels):
-        raise DataError(f"no answer is left within max_length {max_length}; raise data.max_length")
+        raise NoAnswerError(f"no answer is left within max_length {max_length}; raise data.max_length to keep it")
     return ids, labels
 
 

@@ -187,6 +187,9 @@ HARMLESS = {
 }
 
 
+# And these: they change what is read from here on only. A run that a bad sample has stopped goes on without it.
+FROM_HERE_ON = {"data.skip_bad_samples": True}  # option -> the value that it may change to
+
 LARGEST = 10**9
 BELOW_ONE = math.nextafter(1.0, 0.0)
 RANGES = {  # option -> smallest and largest value

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from libmoe_fast.checkpoint import DEFAULT_FORMAT
 from libmoe_fast.errors import DataError, in_one_line
-from libmoe_fast.train.chat import IGNORED, IMAGE, TEMPLATES, conversation_turns, encode
+from libmoe_fast.train.chat import IGNORED, IMAGE, TEMPLATES, NoAnswerError, conversation_turns, encode
 from libmoe_fast.train.config import DataConfig
 from libmoe_fast.train.images import prepare_image
-from libmoe_fast.train.records import Record, name_record, read_records
+from libmoe_fast.train.records import Record, Records, name_record, read_records
 from libmoe_fast.train.sampler import ModalityLengthSampler
 
 
@@ -44,18 +44,21 @@ class ConversationDataset(Dataset[Sample]):
         processor: the model's LlavaProcessor.
         image_tokens: tokens that one image takes.
         template: name of a chat format in chat.TEMPLATES.
+        records: what read_records has read of the file; none given = it is read now.
 
     Raises:
         DataError: on opening, for everything that can be seen without loading images; on access, for the rest.
     """
 
-    def __init__(self, config: DataConfig, processor: Any, *, image_tokens: int, template: str) -> None:
+    def __init__(
+        self, config: DataConfig, processor: Any, *, image_tokens: int, template: str, records: Records | None = None
+    ) -> None:
         self.config, self.processor = config, processor
         self.image_tokens, self.template = image_tokens, TEMPLATES[template]
-        self.file = Path(config.file)
-        self.images = Path(config.images) if config.images is not None else self.file.parent
-        records, self.skipped = read_records(self.file, self.images, skip_bad=config.skip_bad_samples)
-        self.records = _share(records, config.fraction, config.fraction_seed)
+        self.file, self.images = paths(config)
+        records = records or open_records(config)
+        self.skipped = records.skipped
+        self.records = _share(records.good, config.fraction, config.fraction_seed)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -76,7 +79,8 @@ class ConversationDataset(Dataset[Sample]):
                 sample = self._load(record)
             except DataError as error:
                 line = f"{name_record(self.file, record['index'], record)}: {error}"
-                if not self.config.skip_bad_samples:
+                # One that is too long is not bad: it is left out, and counted, whatever was asked for.
+                if not self.config.skip_bad_samples and not isinstance(error, NoAnswerError):
                     raise DataError(f"{line} (--skip-bad-samples leaves it out)") from error
                 skipped.append(line)
             else:
@@ -88,9 +92,8 @@ class ConversationDataset(Dataset[Sample]):
         """The record, then those that may stand in for it: batches keep their size and their modality."""
         record = self.records[index]
         yield record
-        if self.config.skip_bad_samples:
-            following = (self.records[(index + ahead) % len(self)] for ahead in range(1, len(self)))
-            yield from (other for other in following if ("image" in other) == ("image" in record))
+        following = (self.records[(index + ahead) % len(self)] for ahead in range(1, len(self)))
+        yield from (other for other in following if ("image" in other) == ("image" in record))
 
     def _load(self, record: Record) -> Sample:
         ids, labels = encode(
@@ -99,6 +102,7 @@ class ConversationDataset(Dataset[Sample]):
             self.template,
             image_tokens=self.image_tokens,
             max_length=self.config.max_length,
+            system=record.get("system"),
         )
         pixels = self._pixels(self.images / record["image"]) if "image" in record else None
         return Sample(ids=ids, labels=labels, pixels=pixels)
@@ -107,6 +111,17 @@ class ConversationDataset(Dataset[Sample]):
         aspect = self.config.image_aspect or DEFAULT_FORMAT["image_aspect"]
         image = prepare_image(path, self.processor.image_processor, aspect)
         return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def paths(config: DataConfig) -> tuple[Path, Path]:
+    """The file of records, and the folder that their images' paths start from."""
+    file = Path(config.file)
+    return file, Path(config.images) if config.images is not None else file.parent
+
+
+def open_records(config: DataConfig) -> Records:
+    """What config names, read and checked; raises as read_records does."""
+    return read_records(*paths(config), skip_bad=config.skip_bad_samples)
 
 
 def _share(records: list[Record], fraction: float, seed: int) -> list[Record]:

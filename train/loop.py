@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from libmoe_fast.train.config import TrainConfig, check
-from libmoe_fast.train.data import Batch, ConversationDataset, batches, make_collator
+from libmoe_fast.train.data import Batch, ConversationDataset, batches, make_collator, open_records
 from libmoe_fast.train.engine import (
     collect_from_ranks,
     learning_rate,
@@ -45,11 +45,15 @@ def train(config: TrainConfig) -> None:
 
 
 def _train(config: TrainConfig, run: RunFolder) -> None:
+    records = open_records(config.data)  # before the model: what is wrong with them is known in seconds
+    _say(f"{config.data.file}: {records}")
     seed_everything(config.run.seed)  # the same new weights on every rank
     model, processor = build_model(config.model, dtype=DTYPES[config.engine.dtype])
     config = settle_format(config, model, processor)
     tokens = image_tokens(model)
-    dataset = ConversationDataset(config.data, processor, image_tokens=tokens, template=config.model.chat_template)
+    dataset = ConversationDataset(
+        config.data, processor, image_tokens=tokens, template=config.model.chat_template, records=records
+    )
     run.check_inputs()
     steps = _total_steps(config, dataset)
     engine = make_engine(model, config)

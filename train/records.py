@@ -1,8 +1,22 @@
-"""LLaVA JSON: reading it, and refusing what cannot be trained on with the file and the record by name."""
+"""LLaVA JSON: reading it, and refusing what cannot be trained on with the file and the record by name.
+
+What published files hold beside plain questions and answers, and what becomes of it:
+
+    an answer first                       left out (ShareGPT's part of LLaVA-665K; LLaVA does so, too)
+    a question last, without an answer    left out
+    a system turn first                   the conversation's system prompt, in place of the template's
+    <image> inside of a question          put before that question; the first, if there are several
+    an image that no question names       put before the first question
+    JSON lines, a byte-order mark, \\r\\n  read as they are meant
+    an image that is missing (OCR-VQA's), a conversation without an answer, a system turn later on, two turns of one
+    speaker, <image> without an image or in an answer: bad, see --skip-bad-samples
+"""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +26,28 @@ from libmoe_fast.train.chat import IMAGE
 Record = dict[str, Any]
 
 
-def read_records(file: Path, images: Path, *, skip_bad: bool) -> tuple[list[Record], list[str]]:
-    """Records that can be trained on, and one line for each that was left out.
+@dataclass(kw_only=True)
+class Records:
+    """What was read from a file.
+
+    Args:
+        good: records that can be trained on, each with its "index" in the file, questions and answers in turn.
+        skipped: one line for each that was left out.
+        mended: how many records had what, of those that needed mending.
+    """
+
+    good: list[Record]
+    skipped: list[str] = field(default_factory=list)
+    mended: Counter = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{number:,} with {what}" for what, number in sorted(self.mended.items()))
+        mended = f", mended: {kinds}" if kinds else ""
+        return f"{len(self.good):,} records, {len(self.skipped):,} left out{mended}"
+
+
+def read_records(file: Path, images: Path, *, skip_bad: bool) -> Records:
+    """The records of a file that can be trained on.
 
     Args:
         file: JSON list, or JSON lines, of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}.
@@ -23,20 +57,39 @@ def read_records(file: Path, images: Path, *, skip_bad: bool) -> tuple[list[Reco
     Raises:
         DataError: the file cannot be read (whatever skip_bad says), or a record cannot be used.
     """
-    good, skipped = [], []
+    records = Records(good=[])
     for index, record in enumerate(_parse(file)):
+        kinds = _mend(record)
         problem = _problem(record, images)
         if problem is None:
-            good.append(record)
+            record["index"] = index  # a sample that turns out bad later on is named by it
+            records.good.append(record)
+            records.mended.update(kinds)
         elif skip_bad:
-            skipped.append(f"{name_record(file, index, record)}: {problem}")
+            records.skipped.append(f"{name_record(file, index, record)}: {problem}")
         else:
             raise DataError(f"{name_record(file, index, record)}: {problem} (--skip-bad-samples leaves it out)")
-        if problem is None:
-            record["index"] = index  # a sample that turns out bad later on is named by it
-    if not good:
-        raise DataError(f"{file}: no record can be used ({len(skipped)} bad)")
-    return good, skipped
+    if not records.good:
+        raise DataError(f"{file}: no record can be used ({len(records.skipped)} bad)")
+    return records
+
+
+def _mend(record: Any) -> list[str]:
+    """Changes what is not a bare sequence of questions and answers but means one; returns what it was."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return []
+    kinds = []
+    if turns and turns[0].get("from") == "system" and isinstance(turns[0].get("value"), str):
+        record["system"] = turns.pop(0)["value"]
+        kinds.append("a system turn")
+    if len(turns) > 1 and turns[0].get("from") == "gpt":
+        turns.pop(0)
+        kinds.append("an answer first")
+    if len(turns) > 1 and turns[-1].get("from") == "human" and turns[-2].get("from") == "gpt":
+        turns.pop()
+        kinds.append("a question last")
+    return kinds
 
 
 def name_record(file: Path, index: int, record: Any) -> str:
@@ -137,9 +190,8 @@ def _image_problem(record: Record, images: Path) -> str | None:
     in_answers = sum(turn["value"].count(IMAGE) for turn in record["conversations"][1::2])
     if in_answers:
         return f"an answer contains {IMAGE}"
-    count = sum(turn["value"].count(IMAGE) for turn in record["conversations"])
-    if count != expected:
-        return f"has {expected} image but {count} {IMAGE} in its questions"
+    if not expected and any(IMAGE in turn["value"] for turn in record["conversations"]):
+        return f"has no image, but {IMAGE} in its questions"
     if expected and image.startswith("data:"):
         return "image is a data URI; expected the path of a file: decode it into one"
     return _file_problem(images / image) if expected else None

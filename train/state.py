@@ -35,7 +35,7 @@ from libmoe_fast.checkpoint import save_model
 from libmoe_fast.errors import CheckpointError, ConfigError
 from libmoe_fast.files import sync, sync_tree, write_atomically
 from libmoe_fast.train.chat import TEMPLATES
-from libmoe_fast.train.config import HARMLESS, TrainConfig, flatten, plain
+from libmoe_fast.train.config import FROM_HERE_ON, HARMLESS, TrainConfig, flatten, plain
 from libmoe_fast.train.engine import collect_from_ranks
 
 SEEN = ".seen.partial"  # there while a run starts; one that a killed run left is removed like all that is half-written
@@ -123,6 +123,10 @@ class RunFolder:
             ) from error
         now = flatten(plain(self.config))
         changed = [key for key in now if now[key] != before.get(key) and key not in HARMLESS]
+        from_here_on = [key for key in changed if key in FROM_HERE_ON and now[key] == FROM_HERE_ON[key]]
+        for key in from_here_on:
+            print(f"{self.path}: {key} was {before.get(key)!r}, and is {now[key]!r} from here on", flush=True)
+        changed = [key for key in changed if key not in from_here_on]
         if changed:
             listing = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
             raise ConfigError(f"{self.path} belongs to a run with other options: {listing}; choose another run.folder")

@@ -495,6 +495,39 @@ def test_broken_image_stops_or_is_counted(tmp_path, model):
     assert [line["skipped_samples"] for line in lines] == [1, 1, 1]
 
 
+def test_a_bad_sample_does_not_end_a_run_for_good(tmp_path, model, capsys):
+    """It stops at the image; with the option that the error names, the same command goes on from its checkpoint."""
+    data = write_data(tmp_path / "data", images=24, texts=0)
+    options = {"run__save_every": 1, "optim__max_steps": 3}
+    train(make_config(tmp_path / "whole", model, data, **options))
+    config = make_config(tmp_path / "run", model, data, **options)
+    processed = AutoProcessor.from_pretrained(model)
+    dataset = ConversationDataset(config.data, processed, image_tokens=16, template="phi3")
+    batches = ModalityLengthSampler(
+        dataset.lengths, dataset.has_image, batch_size=8, accumulation=1, world_size=1, rank=0, seed=0, steps=3
+    )
+    last = list(batches)[2]
+    broken = tmp_path / "data" / f"{last[0]}.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"--skip-bad-samples leaves it out"):
+        train(config)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-2"
+    capsys.readouterr()
+    train(make_config(tmp_path / "run", model, data, **options, data__skip_bad_samples=True))
+    assert "data.skip_bad_samples was False, and is True from here on" in capsys.readouterr().out
+    logged, expected = computed(tmp_path / "run"), computed(tmp_path / "whole")
+    assert logged[:2] == expected[:2]
+    assert len(logged) == 3
+
+
+def test_bad_data_is_known_before_the_model_is_loaded(tmp_path, model, monkeypatch):
+    data = write_data(tmp_path / "data", images=8, texts=0)
+    (tmp_path / "data" / "0.png").unlink()
+    monkeypatch.setattr(loop, "build_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match=r"0\.png does not exist"):
+        train(make_config(tmp_path / "run", model, data))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [("final", {}, "final is a file"), ("tensorboard", {"run__tensorboard": True}, "tensorboard cannot be written")],
