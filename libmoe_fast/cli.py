@@ -1,4 +1,4 @@
-"""The command line: `libmoe-fast train | evaluate | report | convert | bench | doctor`."""
+"""The command line: `libmoe-fast train | data | evaluate | report | convert | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ Train, evaluate and compare Mixture-of-Experts vision-language models.
 
   libmoe-fast train --config clip_phi3_stage3 --model.path runs/stage2/final --model.router cosine \\
                     --data.file llava_665k.json --data.images images --run.folder runs/cosine
+  libmoe-fast data check llava_665k.json --images images
   libmoe-fast evaluate runs/cosine/final --tasks MME POPE
   libmoe-fast report runs
   libmoe-fast convert published/libmoe-clip-phi3 runs/theirs --version v1.1 --vision_tower models/clip
@@ -41,6 +42,15 @@ The same command on the same --run.folder goes on from its last checkpoint.
   deepspeed --num_gpus 4 --module libmoe_fast.train --config clip_phi3_stage3 ...
 
 Several --config files are merged in the order given; options after them win. Presets: {presets}.
+"""
+
+_DATA = """\
+Check training data: every record is read as training reads it, and every image decoded, in several processes.
+
+  libmoe-fast data check llava_665k.json --images images
+  libmoe-fast data check blip_558k.json allava.json --no-decode
+
+Problems are counted by kind, with examples: exit code 1 if there are any.
 """
 
 _EVALUATE = """\
@@ -124,6 +134,7 @@ def _run(arguments: list[str]) -> int:
 
     commands: dict[str, tuple[str, Callable, Callable]] = {
         "train": (_TRAIN.format(presets=", ".join(_preset_names()) or "none"), _add_train, _train),
+        "data": (_DATA, _add_data, _data),
         "evaluate": (_EVALUATE, _add_evaluate, _evaluate),
         "report": (_REPORT, _add_report, _report),
         "convert": (_CONVERT, _add_convert, _convert),
@@ -172,6 +183,36 @@ def _train(options: Namespace) -> int:
 
     train(config)
     return 0
+
+
+def _add_data(parser: ArgumentParser) -> None:
+    from typing import Literal
+
+    parser.add_argument("action", type=Literal["check"], help="check: read all of it, and say what is wrong")
+    parser.add_argument("files", nargs="+", help="LLaVA JSON files")
+    parser.add_argument("--images", type=str | None, default=None, help="folder that image paths start from")
+    parser.add_argument("--no-decode", action="store_true", help="images only have to be there")
+    parser.add_argument("--image_aspect", type=Literal["pad", "none"], default="pad", help="as training will have it")
+    parser.add_argument("--workers", type=int | None, default=None, help="processes; default: one per core")
+    parser.add_argument("--list", type=str | None, default=None, help="also write every problem into this file")
+
+
+def _data(options: Namespace) -> int:
+    from libmoe_fast.files import write_atomically
+    from libmoe_fast.train.check import check_data
+
+    reports = check_data(
+        options.files,
+        images=options.images,
+        decode=not options.no_decode,
+        square=options.image_aspect == "pad",
+        workers=options.workers or os.cpu_count() or 1,
+    )
+    print("\n".join(map(str, reports)))
+    problems = [problem for report in reports for problem in report.problems]
+    if options.list is not None:
+        write_atomically(options.list, "".join(f"{problem}\n" for problem in problems))
+    return 1 if problems else 0
 
 
 def _add_evaluate(parser: ArgumentParser) -> None:

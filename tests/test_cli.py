@@ -15,7 +15,7 @@ from libmoe_fast.cli import main
 
 pytest.importorskip("jsonargparse")
 
-COMMANDS = ("train", "evaluate", "report", "convert", "bench", "doctor")
+COMMANDS = ("train", "data", "evaluate", "report", "convert", "bench", "doctor")
 
 
 @pytest.fixture

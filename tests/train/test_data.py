@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from libmoe_fast.cli import main
 from libmoe_fast.errors import DataError
 from libmoe_fast.train.chat import IGNORED, conversation_turns
 from libmoe_fast.train.config import DataConfig
@@ -104,7 +105,7 @@ def test_bad_record_is_named_or_skipped(case, folder, processor):
     assert message in dataset.skipped[0]
 
 
-PUBLISHED = {  # turns of a published record -> the questions and answers that it means, its system prompt, what is said
+PUBLISHED = {  # turns of a published record -> the questions and answers that it means, and its system prompt
     "an answer first": ([("gpt", "Hi."), ("human", "<image>\nWhat?"), ("gpt", "3")], [("<image>\nWhat?", "3")], None),
     "a question last": (
         [("human", "<image>\nWhat?"), ("gpt", "3"), ("human", "And?")],
@@ -353,3 +354,26 @@ def test_text_only_batch_brings_a_dummy_image_without_labels(folder, processor):
     assert batch.inputs["pixel_values"].shape == (1, 3, 32, 32)
     assert torch.all(batch.inputs["labels"][1] == IGNORED)
     assert (batch.tokens, batch.labels) == (len(dataset[0].ids), 2)
+
+
+def test_data_check_reads_all_and_says_what_is_wrong(folder, tmp_path, capsys):
+    records = [good(0), good(1) | {"image": "broken.png"}, good(2) | {"image": "broken.png"}, good(3, image=False)]
+    records += [good(4) | {"image": f"gone{i}.png"} for i in range(5)] + [{"id": "x"}]
+    (folder / "data.json").write_text(json.dumps(records))
+    (folder / "fine.json").write_text(json.dumps([good(0), good(1, image=False)]))
+    command = ["data", "check", str(folder / "data.json"), "--list", str(tmp_path / "list.txt"), "--workers", "1"]
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert "4 records, 6 left out" in printed
+    assert "3 with an image, 1 of text alone" in printed
+    assert "2 images decoded, 2 broken" in printed
+    assert "5 x image FILE does not exist" in printed
+    assert "and 2 more" in printed
+    assert "would leave out 8" in printed
+    listed = (tmp_path / "list.txt").read_text().splitlines()
+    assert len(listed) == 8
+    assert all(any(f"record {i} " in line or f"record {i}:" in line for i in range(10)) for line in listed)
+    assert main([*command, "--no-decode"]) == 1
+    assert "decoded" not in capsys.readouterr().out
+    assert main(["data", "check", str(folder / "fine.json")]) == 0
+    assert "all good" in capsys.readouterr().out
