@@ -1,18 +1,21 @@
 """Metrics against closed forms and numbers worked out by hand; the report against logs written here."""
 
+import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from libmoe_fast import ConfigError, DataError, Routing
+from libmoe_fast import ConfigError, DataError, RouterSpec, Routing
 from libmoe_fast.analysis import RoutingCounts, layer_entropy, load_imbalance, total_entropy
-from libmoe_fast.analysis.counter import count_per_image
+from libmoe_fast.analysis.counter import count_per_image, distribution, gates_per_image
 from libmoe_fast.analysis.figures import short_layer_name, training_curves
 from libmoe_fast.analysis.report import MISSING, make_report
-from libmoe_fast.analysis.runs import find_runs
+from libmoe_fast.analysis.routing_figures import confidence, encoders, layer_choices, subtask_entropy
+from libmoe_fast.analysis.runs import Run, find_runs
 
 
 @pytest.mark.parametrize("experts", [1, 2, 4, 6, 64])
@@ -107,6 +110,34 @@ def test_counting_per_image():
     assert count_per_image(repeated, 2).tolist() == [[2 * n for n in row] for row in once]
 
 
+def test_gates_per_image():
+    """Two images of two tokens, N = 2: probabilities, tokens, entropies in bits and margins, summed by hand."""
+    probs = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[1.0, 0.0], [0.9, 0.1]]], dtype=torch.float64)
+    weights = torch.tensor([[[0.5, 0.5], [0.75, 0.25]], [[1.0, 0.0], [0.9, 0.1]]], dtype=torch.float64)
+    seen = [Routing(torch.zeros(2, 2, 2, dtype=torch.int64), weights, probs)]
+    spec = RouterSpec(num_experts=2, top_k=2)
+    quarter = 0.25 * 2 + 0.75 * math.log2(4 / 3)  # the entropy of (1/4, 3/4)
+    tenth = 0.1 * math.log2(10) + 0.9 * math.log2(10 / 9)
+    expected = [[0.75, 1.25, 2, 1 + quarter, 0 + 0.5], [1.9, 0.1, 2, 0 + tenth, 1 + 0.8]]
+    torch.testing.assert_close(gates_per_image(seen, 2, spec), torch.tensor(expected, dtype=torch.float64))
+    alone = [Routing(seen[0].index[..., :1], weights[..., :1], probs)]  # K = 1: the margin is the weight itself
+    assert gates_per_image(alone, 2, RouterSpec(num_experts=2, top_k=1))[:, -1].tolist() == pytest.approx([1.25, 1.9])
+
+
+@pytest.mark.parametrize(
+    ("probability", "given", "expected"),
+    [
+        ("softmax", [0.2, 0.8], [0.2, 0.8]),
+        ("softmax_sigmoid", [0.2, 0.8], [0.2, 0.8]),
+        ("sigmoid", [0.3, 0.9], [0.25, 0.75]),  # over their sum
+        ("identity", [0.0, math.log(3)], [0.25, 0.75]),  # hyper's scores: their softmax
+    ],
+)
+def test_what_a_router_is_confident_of_is_a_distribution(probability, given, expected):
+    spec = RouterSpec(num_experts=2, top_k=1, probability=probability, gate="none")
+    assert distribution(torch.tensor(given), spec).tolist() == pytest.approx(expected)
+
+
 def test_counting_needs_one_pass():
     with pytest.raises(RuntimeError, match="2 times"):
         count_per_image([routing([[[0]]], 2)] * 2, 1)
@@ -188,6 +219,73 @@ def test_report_without_logs_or_counts_draws_no_empty_figure(tmp_path):
     make_report(tmp_path)
     assert not list(tmp_path.glob("*.png"))
     assert "png" not in (tmp_path / "report.md").read_text()
+
+
+def test_the_table_is_the_papers(tmp_path):
+    """Its order, an average without MME for who has all, the best of the MoE runs in bold; at any depth."""
+    scores = {"MME": 1700.0, "POPE": 86.0, "digit": 5.0, "AI2D": 64.0}
+    write_run(tmp_path / "a" / "b" / "c" / "d" / "e" / "one", router="smoe", results=scores)
+    write_run(tmp_path / "two", router="hyper", results={**scores, "AI2D": 66.0, "MME": 1600.0})
+    write_run(tmp_path / "three", router="cosine", results={"POPE": 90.0})
+    write_run(tmp_path / "dense", results={**scores, "POPE": 99.0})
+    make_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    rows = cells("\n".join(line for line in markdown.splitlines() if line.startswith("|")))
+    one, two, three = rows["a/b/c/d/e/one"], rows["two"], rows["three"]
+    assert list(one)[2:7] == ["AI2D", "POPE", "MME", "digit", "average"]
+    assert [one["average"], two["average"], three["average"]] == ["75.00", "**76.00**", MISSING]
+    assert [one["MME"], two["MME"], three["POPE"], rows["dense"]["POPE"]] == [
+        "**1700.0**",
+        "1600.0",
+        "**90.0**",
+        "99.0",
+    ]
+    assert [one["digit"], two["digit"]] == ["**5.0**", "**5.0**"]
+    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert [row["AI2D"] for row in rows if row["run"] == "two"] == ["66.0"]
+    assert [row["AI2D"] for row in rows if row["run"] == "three"] == [""]
+    latex = (tmp_path / "report.tex").read_text()
+    assert r"\textbf{90.0}" in latex
+    assert "report.html" not in latex
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>76.00</b>" in page
+    assert "http" not in page.replace("arXiv", "")
+    files = {run["run"]: run["files"] for run in json.loads((tmp_path / "report.json").read_text())}
+    assert all(Path(name).is_file() for names in files.values() for name in names)
+    assert any(name.endswith("one/eval/results.json") for name in files["a/b/c/d/e/one"])
+
+
+@pytest.mark.parametrize("number", [2, 9, 26])  # one panel; a second for one run; four
+def test_many_runs_have_colours_of_their_own(number, tmp_path, monkeypatch):
+    """Legends name every run once, and no colour twice in a panel."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    runs = []
+    for i in range(number):
+        name = f"run{i}"
+        counts = RoutingCounts(["model.vision_tower.encoder.layers.0.mlp", "model.multi_modal_projector"])
+        for category in ("OCR", "color"):
+            gates = [np.array([1.0, 1.0, 2.0, 1.9, 0.3])] * 2
+            counts.add("mme", {"category": category}, [np.array([1 + i, 3]), np.array([2, 2])], gates)
+        steps = [step(s, 0.1, balance_loss=1.0, expert_share={"a": [0.5, 0.5]}) for s in (1, 2)]
+        encoder = "CLIP" if i % 2 else "SigLIP"
+        runs.append(Run(name, tmp_path, ("smoe", "hyper")[i // 2 % 2], encoder, steps, {}, counts))
+    assert training_curves(runs, tmp_path / "x.png")
+    assert subtask_entropy(runs, tmp_path / "x.png")
+    assert confidence(runs, tmp_path / "x.png")
+    assert encoders(runs, tmp_path / "x.png")
+    assert layer_choices(runs[0], tmp_path / "x.png")
+    for figure in drawn[:3]:
+        named = []
+        for axis in figure.axes:
+            handles, texts = axis.get_legend_handles_labels()
+            colours = [handle.get_color() for handle in handles]
+            assert len(set(colours)) == len(colours) <= 8
+            named += texts
+        assert len(set(named)) == number
+        width, height = figure.get_size_inches()
+        assert height / len(figure.axes) > 1.5
+        assert width > 5
 
 
 def test_report_of_a_single_run(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,17 +32,17 @@ def training_curves(runs: Sequence[Run], path: Path) -> bool:
         panels.append(("Loss, MoE stage", moe, _loss))
         panels.append(("Balance loss, mean over layers", [r for r in moe if len(_balance(r)[0])], _balance))
         panels.append(("Busiest expert's load / mean load", [r for r in moe if len(_busiest(r)[0])], _busiest))
-    panels = [panel for panel in panels if panel[1]]
+    panels = [part for panel in panels for part in _split(*panel)]
     from matplotlib.figure import Figure
 
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6.4 * columns, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    colour = {run.name: COLOURS[i % len(COLOURS)] for group in (dense, moe) for i, run in enumerate(group)}
+    names = labels(logged)
     for axis, (title, members, values) in zip(axes, panels, strict=False):
-        for run in members:
-            _draw_curve(axis, *values(run), label=run.router or run.name, colour=colour[run.name])
+        for run, colour in zip(members, COLOURS, strict=False):
+            _draw_curve(axis, *values(run), label=names[run.name], colour=colour)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -64,8 +65,9 @@ def expert_shares(runs: Sequence[Run], path: Path) -> bool:
     rows = -(-len(counted) // columns)
     figure = Figure(figsize=(4.4 * columns + 0.8, (0.28 * deepest + 1.3) * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    names = labels(counted)
     for axis, run in zip(axes, counted, strict=False):
-        _draw_shares(axis, run)
+        _draw_shares(axis, run, names[run.name])
     for axis in axes[len(counted) :]:
         axis.remove()
     most = max(axes[: len(counted)], key=lambda axis: len(axis.get_legend_handles_labels()[0]))
@@ -75,13 +77,30 @@ def expert_shares(runs: Sequence[Run], path: Path) -> bool:
     return True
 
 
+def labels(runs: Sequence[Run]) -> dict[str, str]:
+    """What a legend calls each run: its router, with as much more as tells it from the others."""
+    kinds = {run.name: run.router or "dense" for run in runs}
+    encoders = {run.encoder for run in runs if run.encoder}
+    if len(encoders) > 1:
+        kinds = {run.name: f"{kinds[run.name]}, {run.encoder or '?'}" for run in runs}
+    alike = Counter(kinds.values())
+    return {name: kind if alike[kind] == 1 else f"{kind} ({name})" for name, kind in kinds.items()}
+
+
+def _split(title: str, members: Sequence[Run], values) -> list[tuple]:
+    """A panel as so many that each has a colour for each of its runs."""
+    parts = [members[i : i + len(COLOURS)] for i in range(0, len(members), len(COLOURS))]
+    named = [f"{title} ({i} of {len(parts)})" if len(parts) > 1 else title for i in range(1, len(parts) + 1)]
+    return [(name, part, values) for name, part in zip(named, parts, strict=True)]
+
+
 def _draw_curve(axis: Axes, steps: np.ndarray, values: np.ndarray, *, label: str, colour: str) -> None:
     """The raw values faintly, and their running mean over 5% of the steps."""
     axis.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
     axis.plot(steps, _smooth(values, max(1, len(values) // 20)), color=colour, label=label, linewidth=1.5)
 
 
-def _draw_shares(axis: Axes, run: Run) -> None:
+def _draw_shares(axis: Axes, run: Run, title: str) -> None:
     counts = run.counts.over_tasks()
     experts = max(len(c) for c in counts)
     share = np.array([np.pad(c / c.sum(), (0, experts - len(c))) for c in counts])  # [L, N]
@@ -95,7 +114,7 @@ def _draw_shares(axis: Axes, run: Run) -> None:
     axis.set_yticks(range(len(counts)), [short_layer_name(name) for name in run.counts.layers], fontsize="small")
     axis.invert_yaxis()  # the first layer on top
     axis.set_xlim(0, 1)
-    axis.set_title(run.router or run.name, fontsize="medium")
+    axis.set_title(title, fontsize="medium")
 
 
 def short_layer_name(name: str) -> str:

@@ -1,23 +1,43 @@
-"""`libmoe-fast report RUN_DIR`: one table over all runs in a folder, with figures, as Markdown and as JSON."""
+"""`libmoe-fast report RUN_DIR`: tables over all runs in a folder, with LibMoE's figures, as HTML, Markdown and more.
+
+report.html                 all of it in one file, figures included
+report.md, *.png            the same as Markdown
+report.csv, report.tex      the table, for a spreadsheet and for a paper
+report.json                 every number, with the files that it comes from
+"""
 
 from __future__ import annotations
 
+import base64
+import csv
+import html
+import io
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from libmoe_fast.analysis import figures
-from libmoe_fast.analysis.runs import Run, find_runs
+from libmoe_fast.analysis.results import RESULTS, ROUTING
+from libmoe_fast.analysis.routing_figures import routing_figures
+from libmoe_fast.analysis.runs import LOG, Run, find_runs
+from libmoe_fast.columns import BENCHMARKS, SUITES
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.files import write_atomically
 
 MISSING = "missing"
+AVERAGE = "average"
+_POINTS = "MME"  # scored in points, which an average of percentages leaves out
 _NOTES = """\
+- average: over LibMoE's benchmarks without MME, which is in points; where a run lacks one it has no average. The best
+  of the MoE runs is **bold**.
 - H_total: eq. 5 of LibMoE (arXiv 2411.00918), the mean over layers of the entropy of the expert-selection
   frequencies, in bits, over the tokens of all evaluated images. log2(N) is even use; lower is more specialised.
 - load imbalance: the busiest expert's load over the mean load, averaged over layers, same tokens. 1 is even; N / K is
   the worst case.
+- confidence: the entropy of a token's gate probabilities in bits, averaged over tokens, images and layers (figure 6 of
+  LibMoE; scores of `hyper` by their softmax, sigmoids by their sum); margin: first gate weight minus second.
 - step: median time of a training step, from the run's log, on the machine and under the load it ran with."""
 
 
@@ -29,27 +49,46 @@ def make_report(folder: str | Path, *, out: str | Path | None = None) -> str:
     """
     runs = find_runs(folder)
     out = Path(folder if out is None else out)
+    title = Path(folder).resolve().name
     try:
         out.mkdir(parents=True, exist_ok=True)
         drawn = [
-            name
-            for name, draw in (("training.png", figures.training_curves), ("experts.png", figures.expert_shares))
+            (name, caption)
+            for name, caption, draw in (
+                ("training.png", "Training", figures.training_curves),
+                ("experts.png", "Expert shares", figures.expert_shares),
+            )
             if draw(runs, out / name)
         ]
+        drawn += routing_figures(runs, out)
+        table, routing = score_table(runs), routing_table(runs)
         write_atomically(out / "report.json", json.dumps([_details(run) for run in runs], indent=1))
-        table = render_table(runs)
-        write_atomically(out / "report.md", _markdown(Path(folder), table, drawn))
+        write_atomically(out / "report.md", _markdown(title, table, routing, drawn))
+        write_atomically(out / "report.csv", _csv(table))
+        write_atomically(out / "report.tex", _render(table, "latex_booktabs", bold="\\textbf{{{}}}") + "\n")
+        write_atomically(out / "report.html", _html(title, table, routing, drawn, out))
     except OSError as error:
         raise ConfigError(f"cannot write the report into {out}: {error.strerror or error}") from error
-    return table
+    return render_table(runs)
 
 
 def render_table(runs: Sequence[Run]) -> str:
-    """The runs with scores or experts, dense ones first, as a Markdown table."""
-    from tabulate import tabulate
+    """The runs with scores or experts, dense ones first, as a table for a terminal."""
+    return _render(score_table(runs), "github")
 
+
+Table = tuple[list[str], list[list[str]], set[tuple[int, int]]]  # headers, rows of cells, the cells that are best
+
+
+def score_table(runs: Sequence[Run]) -> Table:
+    """Scores in the order of LibMoE's table 2, their average, and how experts are used."""
     shown = sorted((r for r in runs if r.scores or r.router), key=lambda r: r.router is not None) or list(runs)
-    columns = list(dict.fromkeys(column for run in shown for column in run.scores))
+    order = list(BENCHMARKS)
+    found = dict.fromkeys(column for run in shown for column in run.scores)
+    columns = sorted(found, key=lambda c: order.index(c) if c in order else len(order))
+    averaged = [column for column in columns if column in SUITES["libmoe"] and column != _POINTS]
+    averages = {run.name: _average(run, averaged) for run in shown} if len(averaged) > 1 else {}
+    encoders = len({run.encoder for run in shown if run.encoder}) > 1
     rows = []
     for run in shown:
         dense = run.router is None
@@ -57,14 +96,76 @@ def render_table(runs: Sequence[Run]) -> str:
             [
                 run.name,
                 run.router or "dense",
+                *([run.encoder or "?"] if encoders else []),
                 *(_number(run.scores.get(column), ".1f") for column in columns),
+                *([_number(averages[run.name], ".2f")] if averages else []),
                 "-" if dense else _number(run.imbalance, ".3f"),
                 "-" if dense else _number(run.entropy_total, ".4f"),
                 _number(run.step_milliseconds, ".1f"),
             ]
         )
-    headers = ["run", "router", *columns, "load imbalance", "H_total", "step (ms)"]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=_alignment(len(headers)))
+    first = 2 + encoders
+    best = set()
+    for i in range(len(columns) + bool(averages)):
+        values = {
+            n: averages.get(run.name) if i == len(columns) else run.scores.get(columns[i])
+            for n, run in enumerate(shown)
+            if run.router is not None
+        }
+        values = {n: value for n, value in values.items() if value is not None}
+        if len(values) > 1:
+            best |= {(n, first + i) for n, value in values.items() if value == max(values.values())}
+    extra = ["encoder"] if encoders else []
+    headers = ["run", "router", *extra, *columns, *([AVERAGE] if averages else [])]
+    return [*headers, "load imbalance", "H_total", "step (ms)"], rows, best
+
+
+def _average(run: Run, columns: Sequence[str]) -> float | None:
+    return statistics.fmean(run.scores[c] for c in columns) if all(c in run.scores for c in columns) else None
+
+
+def routing_table(runs: Sequence[Run]) -> Table:
+    """Per run and task: how its image tokens were routed."""
+    rows = [
+        [
+            run.name,
+            row["task"],
+            f"{row['images']:,}",
+            _number(row["H_total"], ".4f"),
+            _number(row["load_imbalance"], ".3f"),
+            _number(row["confidence_entropy"], ".4f"),
+            _number(row["margin"], ".4f"),
+        ]
+        for run in runs
+        for row in run.routing_by_task()
+    ]
+    return ["run", "task", "images", "H_total", "load imbalance", "confidence (bits)", "margin"], rows, set()
+
+
+def _render(table: Table, form: str, *, bold: str = "{}") -> str:
+    from tabulate import tabulate
+
+    headers, rows, best = table
+    marked = [
+        [bold.format(cell) if (n, i) in best else cell for i, cell in enumerate(row)] for n, row in enumerate(rows)
+    ]
+    if form == "latex_booktabs":
+        form = "latex_raw"
+        headers, marked = [_tex(h) for h in headers], [[_tex(cell) for cell in row] for row in marked]
+    return tabulate(marked, headers, tablefmt=form, disable_numparse=True, colalign=_alignment(len(headers)))
+
+
+def _tex(cell: str) -> str:
+    return cell.replace("_", "\\_").replace("%", "\\%")
+
+
+def _csv(table: Table) -> str:
+    headers, rows, _ = table
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(headers)
+    writer.writerows([["" if cell in (MISSING, "-") else cell for cell in row] for row in rows])
+    return file.getvalue()
 
 
 def _alignment(columns: int) -> list[str]:
@@ -76,20 +177,71 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _details(run: Run) -> dict[str, Any]:
+    files = [run.folder / LOG, *run.folder.rglob(RESULTS), *run.folder.rglob(ROUTING)]
     return {
         "run": run.name,
         "router": run.router,
+        "encoder": run.encoder,
         "scores": run.scores,
         "load_imbalance": run.imbalance,
         "H_total": run.entropy_total,
         "entropy": run.entropy_details(),
+        "routing": run.routing_by_task(),
         "step_milliseconds": run.step_milliseconds,
         "steps": run.log[-1]["step"] if run.log else None,
         "last_loss": run.log[-1].get("loss") if run.log else None,
+        "files": [str(path) for path in files if path.is_file()],
     }
 
 
-def _markdown(folder: Path, table: str, drawn: Sequence[str]) -> str:
-    titles = {"training.png": "Training", "experts.png": "Expert shares"}
-    pictures = "\n\n".join(f"## {titles[name]}\n\n![{titles[name]}]({name})" for name in drawn)
-    return f"# {folder.resolve().name}\n\n{table}\n\n{_NOTES}\n\n{pictures}\n"
+def _markdown(title: str, table: Table, routing: Table, drawn: Sequence[tuple[str, str]]) -> str:
+    parts = [f"# {title}", _render(table, "github", bold="**{}**"), _NOTES]
+    if routing[1]:
+        parts += ["## Routing by task", _render(routing, "github")]
+    parts += [f"## {caption}\n\n![{caption}]({name})" for name, caption in drawn]
+    return "\n\n".join(parts) + "\n"
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1a1a1a }}
+table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
+th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; white-space: nowrap }}
+th {{ border-bottom: 2px solid #333 }}
+img {{ max-width: 100%; display: block }}
+ul {{ color: #444; font-size: .9rem }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def _html(title: str, table: Table, routing: Table, drawn: Sequence[tuple[str, str]], folder: Path) -> str:
+    """One file that needs no other: figures are inside."""
+    notes = [note.replace("\n  ", " ") for note in _NOTES.removeprefix("- ").split("\n- ")]
+    parts = [f"<h1>{html.escape(title)}</h1>", _html_table(table)]
+    parts.append("<ul>" + "".join(f"<li>{html.escape(note.replace('**', ''))}</li>" for note in notes) + "</ul>")
+    if routing[1]:
+        parts += ["<h2>Routing by task</h2>", _html_table(routing)]
+    for name, caption in drawn:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        text = html.escape(caption)
+        parts += [f"<h2>{text}</h2>", f'<img alt="{text}" src="data:image/png;base64,{data}">']
+    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+def _html_table(table: Table) -> str:
+    headers, rows, best = table
+    align = ["left" if side == "left" else "right" for side in _alignment(len(headers))]
+
+    def cells(kind: str, row: Sequence[str], number: int | None) -> str:
+        made = []
+        for i, cell in enumerate(row):
+            text = html.escape(cell)
+            text = f"<b>{text}</b>" if (number, i) in best else text
+            made.append(f'<{kind} style="text-align:{align[i]}">{text}</{kind}>')
+        return "<tr>" + "".join(made) + "</tr>"
+
+    body = [cells("td", row, number) for number, row in enumerate(rows)]
+    return "<table>" + cells("th", headers, None) + "".join(body) + "</table>"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from libmoe_fast.analysis.counts import RoutingCounts
+from libmoe_fast.analysis.counts import GATES, RoutingCounts, Tally
 from libmoe_fast.analysis.metrics import layer_entropy, load_imbalance, total_entropy
 from libmoe_fast.analysis.results import RESULTS, ROUTING, read_results
 from libmoe_fast.errors import ConfigError
 
 LOG = "log.jsonl"
-_DEPTH = 3  # RUN_DIR/group/run/eval
+# Folders of a run that hold no other run.
+_INSIDE = {"checkpoints", "final", "answers", "samples", "judged", "tensorboard"}
+ENCODERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP"}
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Run:
     name: str
     folder: Path
     router: str | None = None  # None: dense, or not known
+    encoder: str | None = None  # the vision tower's family; None: not known
     log: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     counts: RoutingCounts | None = None
@@ -45,6 +50,24 @@ class Run:
         """Load imbalance over all evaluated images: 1 is even."""
         layers = self._layer_counts()
         return load_imbalance(layers) if layers else None
+
+    def routing_by_task(self) -> list[dict[str, Any]]:
+        """Per task: images, H_total and load imbalance of the choices, and entropy and margin of the gates, averaged
+        over layers. The entropy is LibMoE's confidence (figure 6): of each token's gate probabilities, in bits.
+        """
+        if not self._layer_counts():
+            return []
+        return [
+            {
+                "task": name,
+                "images": task.total.images,
+                "H_total": total_entropy(task.total.counts),
+                "load_imbalance": load_imbalance(task.total.counts),
+                "confidence_entropy": _mean(task.total, "entropy"),
+                "margin": _mean(task.total, "margin"),
+            }
+            for name, task in self.counts.tasks.items()
+        ]
 
     def entropy_details(self) -> dict[str, Any] | None:
         """H^(l) of every layer, and H_total of every task and category, as plain values."""
@@ -70,6 +93,12 @@ class Run:
         return self.counts.over_tasks() if self.counts is not None and self.counts.layers else []
 
 
+def _mean(tally: Tally, name: str) -> float | None:
+    """Of a tally's layers; None where gates were not recorded."""
+    recorded = all(gates[-len(GATES)] > 0 for gates in tally.gates)
+    return statistics.fmean(tally.mean(name)) if recorded else None
+
+
 def find_runs(folder: str | Path) -> list[Run]:
     """All runs in `folder` (itself one, perhaps), by name.
 
@@ -80,7 +109,7 @@ def find_runs(folder: str | Path) -> list[Run]:
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}: give one that holds runs of libmoe-fast train or evaluate")
     homes: dict[Path, list[Path]] = {}  # run -> its evaluation folders
-    for path in _walk(folder, _DEPTH):
+    for path in _walk(folder):
         if (path / LOG).is_file():
             homes.setdefault(path, [])
         elif read_results(path) is not None:
@@ -90,17 +119,15 @@ def find_runs(folder: str | Path) -> list[Run]:
     return [_read_run(folder, home, evaluations) for home, evaluations in sorted(homes.items())]
 
 
-def _walk(folder: Path, depth: int):
-    yield folder
-    if depth:
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith(".") and child.name not in ("checkpoints", "final"):
-                yield from _walk(child, depth - 1)
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, names, _ in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith(".") and name not in _INSIDE)
+        yield Path(place)
 
 
 def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
     name = home.resolve().name if home == root else str(home.relative_to(root))
-    run = Run(name, home, _router(home, evaluations), _read_log(home / LOG))
+    run = Run(name, home, *_router_and_encoder(home, evaluations), _read_log(home / LOG))
     for path in evaluations:
         run.scores.update(read_results(path)["scores"])
         if (path / ROUTING).is_file():
@@ -126,15 +153,22 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _router(home: Path, evaluations: list[Path]) -> str | None:
-    """The router's name in the recipe of the checkpoint: the run's own, or the one its evaluation read."""
-    checkpoints = [home / "final", *(Path(read_results(path)["checkpoint"]["path"]) for path in evaluations)]
-    for checkpoint in checkpoints:
-        try:
-            layers = json.loads((checkpoint / "libmoe_fast.json").read_text())["layers"]
-            names = sorted({layer["router"] for layer in layers.values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if names:
-            return "+".join(names)
-    return None
+def _router_and_encoder(home: Path, evaluations: list[Path]) -> tuple[str | None, str | None]:
+    """Of the checkpoint: the run's own, or the one its evaluation read."""
+    router = encoder = None
+    for checkpoint in (home / "final", *(Path(read_results(path)["checkpoint"]["path"]) for path in evaluations)):
+        layers = _json(checkpoint / "libmoe_fast.json").get("layers")
+        if router is None and isinstance(layers, dict):
+            router = "+".join(sorted({str(layer["router"]) for layer in layers.values()})) or None
+        vision = _json(checkpoint / "config.json").get("vision_config")
+        if encoder is None and isinstance(vision, dict):
+            encoder = ENCODERS.get(vision.get("model_type"), vision.get("model_type"))
+    return router, encoder
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
