@@ -219,7 +219,9 @@ def _add_evaluate(parser: ArgumentParser) -> None:
     from libmoe_fast.evaluate import BENCHMARKS, EvaluateConfig
 
     parser.add_argument(
-        "checkpoints", nargs="+", help="final/ folders of runs, or any folders save_model wrote; one after the other"
+        "checkpoints",
+        nargs="+",
+        help="final/ folders of runs, or any folders save_model wrote; a run with exports/: all of its checkpoints",
     )
     parser.add_argument(
         "--tasks", nargs="+", default=[], help=f"lmms-eval tasks, or LibMoE's benchmarks: {', '.join(BENCHMARKS)}"
@@ -229,10 +231,11 @@ def _add_evaluate(parser: ArgumentParser) -> None:
 
 
 def _evaluate(options: Namespace) -> int:
+    from libmoe_fast.analysis.results import checkpoints_of
     from libmoe_fast.evaluate import EvaluateConfig, evaluate
 
     values = vars(options)
-    checkpoints = values.pop("checkpoints")
+    checkpoints = [path for given in values.pop("checkpoints") for path in checkpoints_of(given)]
     if len(checkpoints) > 1 and values["out"] is not None:
         raise ConfigError(f"--out is one folder, and there are {len(checkpoints)} checkpoints; leave it out")
     failed = False

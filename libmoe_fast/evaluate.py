@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from libmoe_fast import columns, compatibility
-from libmoe_fast.analysis.results import FORMAT, RESULTS, ROUTING, read_results
+from libmoe_fast.analysis.results import FORMAT, RESULTS, ROUTING, evaluation_folder, read_results
 from libmoe_fast.columns import BENCHMARKS, SUITES
 from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, LibMoEError, in_one_line
 from libmoe_fast.files import write_atomically
@@ -95,7 +95,7 @@ def evaluate(checkpoint: str | os.PathLike, config: EvaluateConfig) -> Outcome:
     identity = _identify(checkpoint)
     tasks = _chosen_tasks(config)
     columns.check_judges(tasks)
-    out = (Path(config.out) if config.out else checkpoint.resolve().parent / "eval").resolve()
+    out = (Path(config.out) if config.out else evaluation_folder(checkpoint)).resolve()
     checkpoint = checkpoint.resolve()
     with _hub_folder(config.hub_folder):
         manager = _find_tasks(tasks, config.include_path)

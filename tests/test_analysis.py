@@ -14,6 +14,7 @@ from libmoe_fast.analysis import RoutingCounts, layer_entropy, load_imbalance, t
 from libmoe_fast.analysis.counter import count_per_image, distribution, gates_per_image
 from libmoe_fast.analysis.figures import short_layer_name, training_curves
 from libmoe_fast.analysis.report import MISSING, make_report
+from libmoe_fast.analysis.results import checkpoints_of
 from libmoe_fast.analysis.routing_figures import confidence, encoders, layer_choices, subtask_entropy
 from libmoe_fast.analysis.runs import Run, find_runs
 
@@ -286,6 +287,28 @@ def test_many_runs_have_colours_of_their_own(number, tmp_path, monkeypatch):
         width, height = figure.get_size_inches()
         assert height / len(figure.axes) > 1.5
         assert width > 5
+
+
+def test_scores_over_training(tmp_path):
+    """Exports belong to their run: a figure, and when stopping would have been best."""
+    steps = [step(i, 0.1, total_steps=20) for i in range(1, 21)]
+    write_run(tmp_path / "run", router="smoe", steps=steps, results={"POPE": 80.0, "MME": 1500.0})
+    for at, pope in ((2, 70.0), (10, 85.5)):
+        folder = tmp_path / "run" / "exports" / f"step-{at}" / "eval"
+        folder.mkdir(parents=True)
+        content = {"format": 1, "checkpoint": {"path": str(folder.parent)}, "scores": {"POPE": pope}}
+        (folder / "results.json").write_text(json.dumps(content))
+    (run,) = find_runs(tmp_path)
+    assert run.over_training("POPE") == [(0.1, 70.0), (0.5, 85.5), (1.0, 80.0)]
+    assert run.over_training("MME") == []
+    make_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    row = next(line for line in markdown.splitlines() if line.startswith("| run ") and "50%" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["run", "POPE", "50%", "85.50", "+5.50"]
+    assert (tmp_path / "progress.png").exists()
+    assert checkpoints_of(tmp_path / "run" / "final") == [tmp_path / "run" / "final"]
+    (tmp_path / "run" / "config.yaml").touch()  # what tells a run's folder
+    assert checkpoints_of(tmp_path / "run")[:2] == [tmp_path / "run" / "exports" / f"step-{at}" for at in (2, 10)]
 
 
 def test_report_of_a_single_run(tmp_path):

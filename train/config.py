@@ -26,6 +26,8 @@ class RunConfig:
         save_every: optimizer steps between two checkpoints
         keep_checkpoints: how many checkpoints to keep while training
         delete_checkpoints_when_done: remove them once final/ is written (nothing is left to resume)
+        export_at: shares of the steps after which weights are also written to exports/, without optimizer state, to be
+            evaluated; [0.1, 0.2, 0.3] = after 10, 20 and 30% (the last ones are final/ in any case)
         log_every: optimizer steps between two writes of log.jsonl; every step gets its line all the same
         tensorboard: also write TensorBoard events
     """
@@ -35,6 +37,7 @@ class RunConfig:
     save_every: int = 500
     keep_checkpoints: int = 2
     delete_checkpoints_when_done: bool = True
+    export_at: list[float] = field(default_factory=list)
     log_every: int = 10
     tensorboard: bool = True
 
@@ -181,6 +184,7 @@ HARMLESS = {
     "run.save_every",
     "run.keep_checkpoints",
     "run.delete_checkpoints_when_done",
+    "run.export_at",
     "run.log_every",
     "run.tensorboard",
     "data.workers",
@@ -246,6 +250,8 @@ def check(config: TrainConfig) -> None:
     _require(
         not config.engine.offload or config.engine.zero_stage > 0, "engine.offload needs engine.zero_stage 1, 2 or 3"
     )
+    for share in config.run.export_at:
+        _require(0 < share <= 1, f"run.export_at has {share}; its shares of the steps must be above 0, and at most 1")
     _check_deepspeed(config.engine.deepspeed)
     _check_model(config.model)
 

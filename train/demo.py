@@ -106,7 +106,7 @@ def parts(out: Path, data: DigitsPaths, *, short: bool) -> list[Part]:
 
     def evaluate(name: str) -> Part:
         command = (
-            *("evaluate", str(out / name / "final"), "--tasks", "digit", "parity"),
+            *("evaluate", str(out / name), "--tasks", "digit", "parity"),  # and what it exported on the way
             *("--include_path", str(data.tasks), "--batch_size", "64"),
         )
         return Part(title=f"evaluate {name}", command=command, result=out / name / "eval" / "results.json")

@@ -70,6 +70,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
         skipped=progress.get("skipped", dataset.skipped),
         overflows=config.engine.dtype == "fp16",
     )
+    exports = {round(share * steps) for share in config.run.export_at}
     with log, StopSignal() as stop:
         for step in range(first_step, steps):
             stopping = _step(engine, list(islice(stream, config.optim.accumulation)), step, steps, config, log, stop)
@@ -77,6 +78,10 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
             if stopping or done == steps or done % config.run.save_every == 0:
                 log.flush()
                 run.save(engine, done, {"skipped": list(log.skipped)})
+                log.restart_clock()
+            if done in exports and done < steps:
+                log.flush()
+                run.export(engine.module, processor, whole_state(engine), step=done)
                 log.restart_clock()
             if stopping and done < steps:
                 raise KeyboardInterrupt(f"stopped and saved after step {done} of {steps}; the same command goes on")

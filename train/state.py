@@ -4,6 +4,7 @@
     folder/inputs.json            fingerprints of the data and the weights that it started from
     folder/checkpoints/latest     name of the newest whole checkpoint
     folder/checkpoints/step-N/    DeepSpeed's state, and rank-R.pt with that process's random state
+    folder/exports/step-N/        the model after N steps, to be evaluated (run.export_at)
     folder/final/                 the trained model; there once the run is done
 
 Nothing half-written ever carries a final name: files are written under a temporary name, flushed to the disk and
@@ -31,6 +32,7 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
+from libmoe_fast.analysis.results import EXPORTS
 from libmoe_fast.checkpoint import save_model
 from libmoe_fast.errors import CheckpointError, ConfigError
 from libmoe_fast.files import sync, sync_tree, write_atomically
@@ -197,15 +199,17 @@ class RunFolder:
             ) from error
         return state
 
-    def export(self, model: nn.Module, processor: Any, state: dict[str, Tensor]) -> None:
-        """Writes final/, what the next stage, evaluation and users load. Marks the run as done.
+    def export(self, model: nn.Module, processor: Any, state: dict[str, Tensor], *, step: int | None = None) -> None:
+        """Writes final/, what the next stage, evaluation and users load, and marks the run as done. All ranks call it.
 
         Args:
             state: the whole weights, on rank 0.
+            step: write exports/step-N/ instead, in the middle of training.
         """
         if dist.get_rank() == 0:
-            save_model(model, self.final, processor=processor, state_dict=state)
-            if self.config.run.delete_checkpoints_when_done:
+            folder = self.final if step is None else self.path / EXPORTS / f"step-{step}"
+            save_model(model, folder, processor=processor, state_dict=state)
+            if step is None and self.config.run.delete_checkpoints_when_done:
                 _remove(self.checkpoints)
         dist.barrier()
 

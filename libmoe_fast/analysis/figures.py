@@ -77,6 +77,35 @@ def expert_shares(runs: Sequence[Run], path: Path) -> bool:
     return True
 
 
+def progress(runs: Sequence[Run], path: Path) -> bool:
+    """LibMoE's figures 3 and 9: scores over training, one panel per column; False: no run was evaluated on the way."""
+    shown = [run for run in runs if run.history]
+    columns = dict.fromkeys(column for run in shown for scores in run.history.values() for column in scores)
+    panels = [part for column in columns for part in _split(column, shown, column)]
+    if not panels:
+        return False
+    from matplotlib.figure import Figure
+
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4.6 * across + 1.6, 3.2 * down), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    names = labels(shown)
+    for axis, (title, members, column) in zip(axes, panels, strict=False):
+        for run, colour in zip(members, COLOURS, strict=False):
+            if points := run.over_training(column):
+                shares, scores = zip(*points, strict=True)
+                axis.plot([100 * share for share in shares], scores, "o-", color=colour, label=names[run.name])
+        axis.set_title(title)
+        axis.set_xlabel("training done (%)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small")
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.savefig(path, dpi=150)
+    return True
+
+
 def labels(runs: Sequence[Run]) -> dict[str, str]:
     """What a legend calls each run: its router, with as much more as tells it from the others."""
     kinds = {run.name: run.router or "dense" for run in runs}

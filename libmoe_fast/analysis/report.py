@@ -56,17 +56,21 @@ def make_report(folder: str | Path, *, out: str | Path | None = None) -> str:
             (name, caption)
             for name, caption, draw in (
                 ("training.png", "Training", figures.training_curves),
+                ("progress.png", "Scores over training (LibMoE, figures 3 and 9)", figures.progress),
                 ("experts.png", "Expert shares", figures.expert_shares),
             )
             if draw(runs, out / name)
         ]
         drawn += routing_figures(runs, out)
-        table, routing = score_table(runs), routing_table(runs)
+        table, others = (
+            score_table(runs),
+            {"Best checkpoints": best_table(runs), "Routing by task": routing_table(runs)},
+        )
         write_atomically(out / "report.json", json.dumps([_details(run) for run in runs], indent=1))
-        write_atomically(out / "report.md", _markdown(title, table, routing, drawn))
+        write_atomically(out / "report.md", _markdown(title, table, others, drawn))
         write_atomically(out / "report.csv", _csv(table))
         write_atomically(out / "report.tex", _render(table, "latex_booktabs", bold="\\textbf{{{}}}") + "\n")
-        write_atomically(out / "report.html", _html(title, table, routing, drawn, out))
+        write_atomically(out / "report.html", _html(title, table, others, drawn, out))
     except OSError as error:
         raise ConfigError(f"cannot write the report into {out}: {error.strerror or error}") from error
     return render_table(runs)
@@ -122,6 +126,19 @@ def score_table(runs: Sequence[Run]) -> Table:
 
 def _average(run: Run, columns: Sequence[str]) -> float | None:
     return statistics.fmean(run.scores[c] for c in columns) if all(c in run.scores for c in columns) else None
+
+
+def best_table(runs: Sequence[Run]) -> Table:
+    """Per run and column: when the score was best on the way, and what stopping there would have gained."""
+    rows = []
+    for run in runs:
+        for column in dict.fromkeys(c for scores in run.history.values() for c in scores):
+            points = run.over_training(column)
+            if len(points) > 1 and column in run.scores:
+                share, score = max(points, key=lambda point: point[1])
+                gain = score - run.scores[column]
+                rows.append([run.name, column, f"{100 * share:.0f}%", f"{score:.2f}", f"{gain:+.2f}"])
+    return ["run", "benchmark", "best after", "score", "over the last"], rows, set()
 
 
 def routing_table(runs: Sequence[Run]) -> Table:
@@ -183,6 +200,7 @@ def _details(run: Run) -> dict[str, Any]:
         "router": run.router,
         "encoder": run.encoder,
         "scores": run.scores,
+        "history": run.history,
         "load_imbalance": run.imbalance,
         "H_total": run.entropy_total,
         "entropy": run.entropy_details(),
@@ -194,10 +212,11 @@ def _details(run: Run) -> dict[str, Any]:
     }
 
 
-def _markdown(title: str, table: Table, routing: Table, drawn: Sequence[tuple[str, str]]) -> str:
+def _markdown(title: str, table: Table, others: dict[str, Table], drawn: Sequence[tuple[str, str]]) -> str:
     parts = [f"# {title}", _render(table, "github", bold="**{}**"), _NOTES]
-    if routing[1]:
-        parts += ["## Routing by task", _render(routing, "github")]
+    for caption, other in others.items():
+        if other[1]:
+            parts += [f"## {caption}", _render(other, "github")]
     parts += [f"## {caption}\n\n![{caption}]({name})" for name, caption in drawn]
     return "\n\n".join(parts) + "\n"
 
@@ -217,13 +236,14 @@ ul {{ color: #444; font-size: .9rem }}
 """
 
 
-def _html(title: str, table: Table, routing: Table, drawn: Sequence[tuple[str, str]], folder: Path) -> str:
+def _html(title: str, table: Table, others: dict[str, Table], drawn: Sequence[tuple[str, str]], folder: Path) -> str:
     """One file that needs no other: figures are inside."""
     notes = [note.replace("\n  ", " ") for note in _NOTES.removeprefix("- ").split("\n- ")]
     parts = [f"<h1>{html.escape(title)}</h1>", _html_table(table)]
     parts.append("<ul>" + "".join(f"<li>{html.escape(note.replace('**', ''))}</li>" for note in notes) + "</ul>")
-    if routing[1]:
-        parts += ["<h2>Routing by task</h2>", _html_table(routing)]
+    for caption, other in others.items():
+        if other[1]:
+            parts += [f"<h2>{html.escape(caption)}</h2>", _html_table(other)]
     for name, caption in drawn:
         data = base64.b64encode((folder / name).read_bytes()).decode()
         text = html.escape(caption)

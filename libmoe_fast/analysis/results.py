@@ -9,7 +9,29 @@ from typing import Any
 
 RESULTS = "results.json"  # scores by column, and lmms-eval's results in full
 ROUTING = "routing.json"  # analysis.RoutingCounts
+EXPORTS = "exports"  # of a run: step-N/, the model in the middle of training, each with its own eval/
 FORMAT = 1
+
+
+def exports_of(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of what a run wrote in the middle of training, by step."""
+    found = ((path.name.removeprefix("step-"), path) for path in (folder / EXPORTS).glob("step-*"))
+    return sorted((int(step), path) for step, path in found if step.isdigit())
+
+
+def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
+    """A checkpoint's folder itself; of a run's folder, its exports in the order of their steps, and final/."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return [folder]
+    exports = [path for _, path in exports_of(folder)]
+    return [*exports, *([folder / "final"] if (folder / "final").exists() or not exports else [])]
+
+
+def evaluation_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint's evaluation goes: eval/ beside it, or inside of one that lies among others."""
+    checkpoint = checkpoint.resolve()
+    return (checkpoint if checkpoint.parent.name == EXPORTS else checkpoint.parent) / "eval"
 
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:

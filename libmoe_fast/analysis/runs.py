@@ -12,12 +12,12 @@ from typing import Any
 
 from libmoe_fast.analysis.counts import GATES, RoutingCounts, Tally
 from libmoe_fast.analysis.metrics import layer_entropy, load_imbalance, total_entropy
-from libmoe_fast.analysis.results import RESULTS, ROUTING, read_results
+from libmoe_fast.analysis.results import EXPORTS, RESULTS, ROUTING, exports_of, read_results
 from libmoe_fast.errors import ConfigError
 
 LOG = "log.jsonl"
 # Folders of a run that hold no other run.
-_INSIDE = {"checkpoints", "final", "answers", "samples", "judged", "tensorboard"}
+_INSIDE = {"checkpoints", "final", "answers", "samples", "judged", "tensorboard", EXPORTS}
 ENCODERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP"}
 
 
@@ -32,6 +32,18 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     counts: RoutingCounts | None = None
+    history: dict[int, dict[str, float]] = field(default_factory=dict)  # scores of its exports, by step
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.log[-1].get("total_steps") if self.log else None
+
+    def over_training(self, column: str) -> list[tuple[float, float]]:
+        """(share of the steps done, score) of its exports and of final/, where the column was scored."""
+        points = [(step, scores.get(column)) for step, scores in sorted(self.history.items())]
+        total = self.total_steps or max(self.history, default=0)
+        points = [(step / total, score) for step, score in points if score is not None and total]
+        return [*points, (1.0, self.scores[column])] if points and column in self.scores else points
 
     @property
     def step_milliseconds(self) -> float | None:
@@ -128,6 +140,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
     name = home.resolve().name if home == root else str(home.relative_to(root))
     run = Run(name, home, *_router_and_encoder(home, evaluations), _read_log(home / LOG))
+    for step, path in exports_of(home):
+        if (found := read_results(path / "eval")) is not None:
+            run.history[step] = found["scores"]
     for path in evaluations:
         run.scores.update(read_results(path)["scores"])
         if (path / ROUTING).is_file():

@@ -520,6 +520,23 @@ def test_a_bad_sample_does_not_end_a_run_for_good(tmp_path, model, capsys):
     assert len(logged) == 3
 
 
+def test_exports_on_the_way(tmp_path, model, images):
+    """Evaluable weights at shares of the steps; training itself is not changed by it."""
+    train(make_config(tmp_path / "run", model, images, run__export_at=[0.34, 0.67, 1.0], run__save_every=1))
+    exports = sorted(path.name for path in (tmp_path / "run" / "exports").iterdir())
+    assert exports == ["step-1", "step-2"]
+    stopped = make_config(tmp_path / "short", model, images, run__delete_checkpoints_when_done=False)
+    train(stopped)
+    first = load_model(tmp_path / "run" / "exports" / "step-1").state_dict()
+    last = load_model(tmp_path / "run" / "final").state_dict()
+    assert first.keys() == last.keys()
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    other = load_model(tmp_path / "short" / "final").state_dict()
+    assert all(torch.equal(last[name], value) for name, value in other.items())
+    with pytest.raises(ConfigError, match=r"run.export_at has 10"):
+        train(make_config(tmp_path / "wrong", model, images, run__export_at=[10]))
+
+
 def test_bad_data_is_known_before_the_model_is_loaded(tmp_path, model, monkeypatch):
     data = write_data(tmp_path / "data", images=8, texts=0)
     (tmp_path / "data" / "0.png").unlink()
