@@ -59,7 +59,6 @@ demo: install
 
 # Two workers, a file at a time: fixtures of a module are made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-ISA_TESTS := tests/test_cpu_engine.py tests/test_cpu_routing.py tests/test_ops.py tests/test_layer.py
 
 # Twice, because interpreted and compiled Triton kernels cannot share a process. The kernel tests of the first run are
 # those of a GPU, skipped where there is none.
@@ -69,7 +68,7 @@ test: install
 
 # What other processors would run: one without AVX-512, and one without its bf16.
 isa: install
-	for isa in avx2 avx512; do LIBMOE_FAST_CPU_ISA=$$isa $(PYTEST) $(ISA_TESTS) || exit 1; done
+	$(BIN)/python tests/other_processors.py $(PYTEST_ARGS)
 
 # All cores: these sizes use them.
 bench: install

@@ -298,6 +298,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
+        _open_to_readers(partial)
         sync_tree(partial)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old")
@@ -314,6 +315,15 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(f"{folder} could not be saved, the previous content survives; {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Files have the modes that the umask says; safetensors writes its own for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _dtype_option(dtype: torch.dtype | str | None) -> dict:

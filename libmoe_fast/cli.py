@@ -67,11 +67,12 @@ others keep their scores.
 """
 
 _REPORT = """\
-Compare all runs in a folder: a table of scores, load imbalance, H_total and step time, with figures.
+Compare all runs in a folder: scores as in LibMoE's table 2, how experts are used, and its figures 3 and 5 to 9.
 
   libmoe-fast report runs
 
-Writes report.md, report.json, training.png and experts.png into the folder, and prints the table.
+Writes report.html (all in one file), report.md with its figures, report.csv, report.tex and report.json into the
+folder, and prints the table.
 """
 
 _CONVERT = """\
@@ -260,7 +261,7 @@ def _report(options: Namespace) -> int:
     from libmoe_fast.analysis.report import make_report
 
     print(make_report(options.folder, out=options.out))
-    print(f"\nwritten: {Path(options.out or options.folder) / 'report.md'}")
+    print(f"\nwritten: {Path(options.out or options.folder) / 'report.html'}")
     return 0
 
 

@@ -284,6 +284,11 @@ def test_many_runs_have_colours_of_their_own(number, tmp_path, monkeypatch):
             assert len(set(colours)) == len(colours) <= 8
             named += texts
         assert len(set(named)) == number
+    seen = {}  # a run is of one colour in all of a figure
+    for axis in drawn[0].axes:
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            assert seen.setdefault(text, handle.get_color()) == handle.get_color()
+    for figure in drawn[:3]:
         width, height = figure.get_size_inches()
         assert height / len(figure.axes) > 1.5
         assert width > 5

@@ -120,6 +120,18 @@ def test_a_reloaded_model_trains(dense, tmp_path):
     assert {layer.aux_scale.item() for layer in moe_layers(loaded).values()} == {0.25}
 
 
+@pytest.mark.parametrize("swapped", [True, False])
+def test_others_can_read_what_the_umask_lets_them(dense, swapped, tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_model(upcycle(copy.deepcopy(dense[0])) if swapped else dense[0], tmp_path / "m", processor=dense[1])
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()}
+    assert len(modes) > 3
+    assert set(modes.values()) == {0o640}, modes
+
+
 def test_any_module_can_be_saved(tmp_path):
     def build():
         model = nn.Module()

@@ -74,7 +74,7 @@ def run_demo(out: Path, *, short: bool = False) -> None:
     from libmoe_fast.analysis.report import make_report
 
     print(f"\n{make_report(out)}\n")
-    print(f"{time.monotonic() - started:.0f} s in all. Table, figures and numbers: {out / 'report.md'}")
+    print(f"{time.monotonic() - started:.0f} s in all. Table, figures and numbers: {out / 'report.html'}")
     print(f"Training: tensorboard --logdir {out}; the same table again: libmoe-fast report {out}")
 
 

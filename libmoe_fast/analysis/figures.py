@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
+MARKERS = "os^DvP*X"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
 
 
@@ -32,7 +33,12 @@ def training_curves(runs: Sequence[Run], path: Path) -> bool:
         panels.append(("Loss, MoE stage", moe, _loss))
         panels.append(("Balance loss, mean over layers", [r for r in moe if len(_balance(r)[0])], _balance))
         panels.append(("Busiest expert's load / mean load", [r for r in moe if len(_busiest(r)[0])], _busiest))
-    panels = [part for panel in panels for part in _split(*panel)]
+    panels = [
+        (name, part, values)
+        for title, members, values in panels
+        for parts in [groups(members, runs)]
+        for name, part in zip(numbered(title, parts), parts, strict=True)
+    ]
     from matplotlib.figure import Figure
 
     columns = min(len(panels), 2)
@@ -41,7 +47,7 @@ def training_curves(runs: Sequence[Run], path: Path) -> bool:
     axes = figure.subplots(rows, columns, squeeze=False).flat
     names = labels(logged)
     for axis, (title, members, values) in zip(axes, panels, strict=False):
-        for run, colour in zip(members, COLOURS, strict=False):
+        for run, colour, _ in members:
             _draw_curve(axis, *values(run), label=names[run.name], colour=colour)
         axis.set_title(title)
         axis.set_xlabel("step")
@@ -81,7 +87,12 @@ def progress(runs: Sequence[Run], path: Path) -> bool:
     """LibMoE's figures 3 and 9: scores over training, one panel per column; False: no run was evaluated on the way."""
     shown = [run for run in runs if run.history]
     columns = dict.fromkeys(column for run in shown for scores in run.history.values() for column in scores)
-    panels = [part for column in columns for part in _split(column, shown, column)]
+    panels = [
+        (name, part, column)
+        for column in columns
+        for parts in [groups(shown, runs)]
+        for name, part in zip(numbered(column, parts), parts, strict=True)
+    ]
     if not panels:
         return False
     from matplotlib.figure import Figure
@@ -92,14 +103,14 @@ def progress(runs: Sequence[Run], path: Path) -> bool:
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     names = labels(shown)
     for axis, (title, members, column) in zip(axes, panels, strict=False):
-        for run, colour in zip(members, COLOURS, strict=False):
+        for run, colour, marker in members:
             if points := run.over_training(column):
                 shares, scores = zip(*points, strict=True)
-                axis.plot([100 * share for share in shares], scores, "o-", color=colour, label=names[run.name])
+                axis.plot([100 * share for share in shares], scores, f"{marker}-", color=colour, label=names[run.name])
         axis.set_title(title)
         axis.set_xlabel("training done (%)")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axis in axes[len(panels) :]:
         axis.remove()
     figure.savefig(path, dpi=150)
@@ -116,11 +127,23 @@ def labels(runs: Sequence[Run]) -> dict[str, str]:
     return {name: kind if alike[kind] == 1 else f"{kind} ({name})" for name, kind in kinds.items()}
 
 
-def _split(title: str, members: Sequence[Run], values) -> list[tuple]:
-    """A panel as so many that each has a colour for each of its runs."""
-    parts = [members[i : i + len(COLOURS)] for i in range(0, len(members), len(COLOURS))]
-    named = [f"{title} ({i} of {len(parts)})" if len(parts) > 1 else title for i in range(1, len(parts) + 1)]
-    return [(name, part, values) for name, part in zip(named, parts, strict=True)]
+def groups(members: Sequence[Run], runs: Sequence[Run]) -> list[list[tuple[Run, str, str]]]:
+    """The members with a colour and a marker each, in so many groups that no colour comes twice in one.
+
+    A run has the same colour wherever it is shown, whoever else is: that goes by its place among all `runs`.
+    """
+    kinds = [[run for run in runs if run.router is None], [run for run in runs if run.router is not None]]
+    places = {run.name: i for kind in kinds for i, run in enumerate(kind)}
+    size, parts = len(COLOURS), {}
+    for run in members:
+        place = places[run.name]
+        styled = (run, COLOURS[place % size], MARKERS[place % size])
+        parts.setdefault((run.router is not None, place // size), []).append(styled)
+    return [parts[key] for key in sorted(parts)]
+
+
+def numbered(title: str, parts: Sequence) -> list[str]:
+    return [f"{title} ({i} of {len(parts)})" if len(parts) > 1 else title for i in range(1, len(parts) + 1)]
 
 
 def _draw_curve(axis: Axes, steps: np.ndarray, values: np.ndarray, *, label: str, colour: str) -> None:

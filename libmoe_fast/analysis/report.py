@@ -42,7 +42,7 @@ _NOTES = """\
 
 
 def make_report(folder: str | Path, *, out: str | Path | None = None) -> str:
-    """Write report.md, report.json and the figures into `out` (default: `folder`); return the table as text.
+    """Write the report's files and figures into `out` (default: `folder`); return the table as text.
 
     Raises:
         ConfigError: `folder` holds no run.

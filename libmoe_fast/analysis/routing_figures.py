@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from libmoe_fast.analysis.counts import Tally, TaskCounts
-from libmoe_fast.analysis.figures import COLOURS, labels, short_layer_name
+from libmoe_fast.analysis.figures import COLOURS, groups, labels, numbered, short_layer_name
 from libmoe_fast.analysis.metrics import total_entropy
 from libmoe_fast.analysis.runs import Run
 
@@ -17,34 +17,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIRST = "mme"  # the paper's figures are of its subtasks
-MARKERS = "os^DvP*X"
 
 
 def subtask_entropy(runs: Sequence[Run], path: Path) -> bool:
     """Figure 5: H_total by subtask, one panel per task and colour per run; False: no run has subtasks."""
     shown = _counted(runs)
     panels = [
-        (task, field, part, i, len(parts))
+        (title, task, field, part)
         for task, field in _subtasks(shown)
-        for parts in [_parts([run for run in shown if _categories(run, task, field)])]
-        for i, part in enumerate(parts, 1)
+        for parts in [groups([run for run in shown if _categories(run, task, field)], runs)]
+        for title, part in zip(numbered(f"{task}, by {field}", parts), parts, strict=True)
     ]
     if not panels:
         return False
     names = labels(shown)
-    widest = max(len(_values(part, task, field)) for task, field, part, _, _ in panels)
+    widest = max(len(_values(part, task, field)) for _, task, field, part in panels)
     figure = _figure(max(5.5, 0.45 * widest + 2.5), 3.4, len(panels))
-    for axis, (task, field, part, i, of) in zip(figure.axes, panels, strict=True):
+    for axis, (title, task, field, part) in zip(figure.axes, panels, strict=True):
         values = _values(part, task, field)
-        for run, colour, marker in zip(part, COLOURS, MARKERS, strict=False):
+        for run, colour, marker in part:
             tallies = _categories(run, task, field)
             heights = [total_entropy(tallies[v].counts) if v in tallies else np.nan for v in values]
             axis.plot(range(len(values)), heights, marker=marker, color=colour, label=names[run.name], linewidth=1)
         axis.set_xticks(range(len(values)), values, rotation=35, ha="right", fontsize="small")
         axis.set_ylabel("H_total (bits)")
-        axis.set_title(f"{task}, by {field}" + (f" ({i} of {of})" if of > 1 else ""))
+        axis.set_title(title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
     return True
 
@@ -54,11 +53,11 @@ def confidence(runs: Sequence[Run], path: Path) -> bool:
     shown = [run for run in _counted(runs) if any(row["confidence_entropy"] for row in run.routing_by_task())]
     if not shown:
         return False
-    names, parts = labels(shown), _parts(shown)
+    names, parts = labels(shown), groups(shown, runs)
     tasks = list(dict.fromkeys(row["task"] for run in shown for row in run.routing_by_task()))
     figure = _figure(max(5.5, 0.8 * len(tasks) + 2.5), 3.4, len(parts))
     for axis, part in zip(figure.axes, parts, strict=True):
-        for run, colour, marker in zip(part, COLOURS, MARKERS, strict=False):
+        for run, colour, marker in part:
             found = {row["task"]: row["confidence_entropy"] for row in run.routing_by_task()}
             heights = [np.nan if found.get(task) is None else found[task] for task in tasks]
             axis.plot(range(len(tasks)), heights, marker, color=colour, label=names[run.name], markersize=8)
@@ -149,8 +148,8 @@ def _categories(run: Run, task: str, field: str) -> dict[str, Tally]:
     return dict(sorted(counts.categories.get(field, {}).items())) if counts else {}
 
 
-def _values(runs: Sequence[Run], task: str, field: str) -> list[str]:
-    return sorted({value for run in runs for value in _categories(run, task, field)})
+def _values(part: Sequence[tuple[Run, str, str]], task: str, field: str) -> list[str]:
+    return sorted({value for run, _, _ in part for value in _categories(run, task, field)})
 
 
 def _average(run: Run) -> float:
@@ -158,11 +157,6 @@ def _average(run: Run) -> float:
     found = next(iter(_subtasks([run])), None)
     tallies = _categories(run, *found).values() if found else [task.total for task in run.counts.tasks.values()]
     return float(np.mean([total_entropy(tally.counts) for tally in tallies]))
-
-
-def _parts(runs: Sequence[Run]) -> list[Sequence[Run]]:
-    """So many groups that each run of a group has a colour of its own."""
-    return [runs[i : i + len(COLOURS)] for i in range(0, len(runs), len(COLOURS))]
 
 
 def _figure(width: float, height: float, panels: int, *, columns: int = 1) -> Figure:
