@@ -46,6 +46,8 @@ class EvaluateConfig:
         skip_judged: leave out what a GPT judge scores
         accept_failed_judgements: report a judged score although some answers were not judged
         hub_folder: folder with local copies of the hub's data sets, laid out like it (lmms-lab-encoder/POPE/...)
+        record_choices: keep which experts each image token was sent to, for the report on changes between checkpoints
+            (7 kB per image for CLIP-L with 4 experts)
         out: folder for results.json, routing.json and the answers; default: eval/ beside the checkpoint
         include_path: folders with further lmms-eval task files
         batch_size: questions per forward pass
@@ -62,6 +64,7 @@ class EvaluateConfig:
     skip_judged: bool = False
     accept_failed_judgements: bool = False
     hub_folder: str | None = None
+    record_choices: bool = False
     out: str | None = None
     include_path: list[str] = field(default_factory=list)
     batch_size: int = 16
@@ -267,6 +270,7 @@ def _model(checkpoint: Path, identity: dict[str, Any], config: EvaluateConfig, o
         image_aspect=None if config.image_aspect == "auto" else config.image_aspect,
         max_new_tokens=config.max_new_tokens,
         answers=store,
+        choices=config.record_choices,
     )
     if store.empty:  # this checkpoint has answered nothing yet: that it cannot be loaded is better known now
         model.load()

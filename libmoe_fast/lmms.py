@@ -85,6 +85,7 @@ class LibMoEFast(lmms):
         record: file for the expert-selection counts (JSON, see `analysis.RoutingCounts`); none: not counted.
         max_new_tokens: for tasks that do not say.
         answers: where answers are kept as they come, and taken from; the model is loaded for the first that is missing.
+        choices: also keep, with the answers, which experts each image token was sent to (see analysis.choices).
         share: (which, of how many): answer only every so-manieth question, then raise AnsweredShare.
 
     Raises:
@@ -105,6 +106,7 @@ class LibMoEFast(lmms):
         record: str | None = None,
         max_new_tokens: int = 128,
         answers: AnswerStore | None = None,
+        choices: bool = False,
         share: tuple[int, int] | None = None,
         max_batch_size: int | None = None,  # lmms-eval always passes it; it is for automatic batch sizes
         **unknown: Any,
@@ -119,7 +121,7 @@ class LibMoEFast(lmms):
             raise ConfigError(f"image_aspect is {image_aspect!r}: expected 'pad' or 'none'")
         self._batch_size = _positive(batch_size, "batch_size")
         self._max_new_tokens = _positive(max_new_tokens, "max_new_tokens")
-        self._record, self._store, self.share = record, answers, share
+        self._record, self._store, self.share, self._choices = record, answers, share, choices
         self._checkpoint = {"folder": str(pretrained), "dtype": dtype, "backend": backend}
         self._image_aspect = image_aspect
         self._join_ranks(device)
@@ -322,7 +324,8 @@ class LibMoEFast(lmms):
         keys = {}
         if self._store is not None:
             keys = {i: self._key(r, so_far and so_far[i]) for i, r in enumerate(requests) if not _is_padding(r)}
-            lines = {i: line for i, key in keys.items() if (line := self._store.get(key)) is not None}
+            stored = {i: self._store.get(key) for i, key in keys.items()}
+            lines = {i: line for i, line in stored.items() if line is not None and self._says_enough(line)}
         missing = [i for i, request in enumerate(requests) if i not in lines and not _is_padding(request)]
         description = f"Answering {requests[0].task_name}" if requests and requests[0].task_name else "Answering"
         with tqdm(total=len(requests), desc=description, disable=self.rank != 0 or not requests) as bar:
@@ -332,6 +335,7 @@ class LibMoEFast(lmms):
                 for i, line in zip(indices, self._generate(prompts, _settings(requests[indices[0]])), strict=True):
                     lines[i] = line
                     if self._store is not None:
+                        line["document"] = requests[i].args[-3]
                         self._store.add(requests[i].args[-2], keys[i], line)
                 bar.update(len(indices))
         for i, line in sorted(lines.items()):
@@ -342,6 +346,9 @@ class LibMoEFast(lmms):
         # A padding request keeps an empty answer: no rank waits for another inside a batch.
         return [lines[i]["answer"] if i in lines else "" for i in range(len(requests))]
 
+    def _says_enough(self, line: Mapping[str, Any]) -> bool:
+        return not self._choices or not line["images"] or "choices" in line
+
     def _key(self, request: Instance, so_far: Any) -> str:
         context, *_, doc_id, task, split = request.args
         data = [self._data, getattr(self.task_dict[task][split], "_fingerprint", None)]
@@ -350,6 +357,7 @@ class LibMoEFast(lmms):
     @torch.inference_mode()
     def _generate(self, prompts: list[Prompt], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Of each prompt: the answer, its categories, and where its images' tokens went (see AnswerStore)."""
+        from libmoe_fast.analysis.choices import pack
         from libmoe_fast.analysis.counter import record_images
 
         options = _generation_options(settings, self._max_new_tokens)
@@ -371,6 +379,8 @@ class LibMoEFast(lmms):
                     "counts": [counts.tolist() for counts in record.counts],
                     "gates": [[round(value, 5) for value in gates.tolist()] for gates in record.gates],
                 }
+                if self._choices:
+                    line["choices"] = pack(record.chosen, [len(counts) for counts in record.counts])
             lines.append(line)
         return lines
 

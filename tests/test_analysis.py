@@ -11,6 +11,7 @@ import torch
 
 from libmoe_fast import ConfigError, DataError, RouterSpec, Routing
 from libmoe_fast.analysis import RoutingCounts, layer_entropy, load_imbalance, total_entropy
+from libmoe_fast.analysis.choices import changed, left, pack, unpack
 from libmoe_fast.analysis.counter import count_per_image, distribution, gates_per_image
 from libmoe_fast.analysis.figures import short_layer_name, training_curves
 from libmoe_fast.analysis.report import MISSING, make_report
@@ -292,6 +293,28 @@ def test_many_runs_have_colours_of_their_own(number, tmp_path, monkeypatch):
         width, height = figure.get_size_inches()
         assert height / len(figure.axes) > 1.5
         assert width > 5
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 4, 7, 64, 256])
+def test_choices_are_packed_into_the_bits_they_need(experts):
+    generator = np.random.default_rng(0)
+    layers = [generator.integers(0, experts, (17, 2)), generator.integers(0, experts, (16, 3)), np.zeros((0, 2))]
+    packed = json.loads(json.dumps(pack(layers, [experts] * 3)))
+    for mine, yours in zip(layers, unpack(packed), strict=True):
+        assert np.array_equal(mine, yours)
+    bits = (17 * 2 + 16 * 3) * max(math.ceil(math.log2(experts)), 1)
+    assert len(packed["bits"]) == 4 * math.ceil(math.ceil(bits / 8) / 3)
+    with pytest.raises(ValueError, match="257 experts"):
+        pack(layers, [257] * 3)
+
+
+def test_changes_by_hand():
+    """Two documents of three tokens: one token keeps both experts, one swaps them, one loses its second."""
+    before = {("t", 0): [np.array([[0, 1], [0, 1], [0, 1]])], ("t", 1): [np.array([[2, 3]])], ("u", 0): []}
+    after = {("t", 0): [np.array([[0, 1], [1, 0], [0, 2]])], ("t", 1): [np.array([[2, 3]])], ("t", 2): []}
+    assert changed(before, after, "t").tolist() == pytest.approx([(0 + 1 + 0.5 + 0) / 4])  # slots
+    assert left(before, after, "t").tolist() == pytest.approx([(0 + 0 + 0.5 + 0) / 4])  # sets: a swap is no change
+    assert changed(before, after, "u") is None
 
 
 def test_scores_over_training(tmp_path):

@@ -1,7 +1,9 @@
 """The lmms-eval plugin: answers, expert-selection counts, and lmms-eval's own run of it."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,8 +16,13 @@ pytest.importorskip("lmms_eval")
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from libmoe_fast import CheckpointError, ConfigError, load_model, moe_layers, record_routing
+from libmoe_fast import CheckpointError, ConfigError, load_model, moe_layers, record_routing, save_model
 from libmoe_fast.analysis import RoutingCounts
+from libmoe_fast.analysis.choices import read_choices
+from libmoe_fast.analysis.report import make_report
+from libmoe_fast.analysis.results import checkpoints_of, evaluation_folder
+from libmoe_fast.analysis.routing_figures import changed_choices
+from libmoe_fast.analysis.runs import find_runs
 from libmoe_fast.evaluate import EvaluateConfig, evaluate
 from libmoe_fast.lmms import LibMoEFast, _cut, _filled, _generation_options
 
@@ -369,6 +376,42 @@ def test_evaluation_counts_each_task_and_each_digit(evaluated, digits):
         seen = {value: tally.images for value, tally in counts.tasks[task].categories["category"].items()}
         asked = [r["category"] for r in records if r["id"].endswith("digit")]
         assert seen == {digit: asked.count(digit) for digit in set(asked)}
+
+
+def test_choices_are_kept_on_request_and_compared(checkpoints, digits, tmp_path):
+    """Of a run with one export, one of whose gates is another one in the end: only that, and what it feeds, changes."""
+    run = tmp_path / "run"
+    model, processor = load_model(checkpoints / "smoe" / "final"), checkpoints / "smoe" / "final"
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(processor)
+    save_model(model, run / "exports" / "step-5", processor=processor)
+    layers = moe_layers(model)
+    last = [name for name in layers if "vision" in name][-2]  # the projector does not read what the last one makes
+    layers[last].router.weight.data.neg_()
+    save_model(model, run / "final", processor=processor)
+    (run / "config.yaml").touch()
+    (run / "log.jsonl").write_text(json.dumps({"step": 10, "total_steps": 10, "loss": 1.0}) + "\n")
+    config = EvaluateConfig(tasks=["digit"], include_path=[str(digits.tasks)], limit=3)
+    for checkpoint in checkpoints_of(run):
+        evaluate(checkpoint, config)
+        assert not read_choices(evaluation_folder(checkpoint))  # not asked for
+        evaluate(checkpoint, dataclasses.replace(config, record_choices=True))
+        kept = read_choices(evaluation_folder(checkpoint))
+        counts = RoutingCounts.load(evaluation_folder(checkpoint) / "routing.json").tasks["digits_digit"].total.counts
+        for i, layer in enumerate(counts):
+            chosen = np.concatenate([choices[i].ravel() for choices in kept.values()])
+            assert np.bincount(chosen, minlength=4).tolist() == layer.tolist()
+    (found,) = find_runs(run)
+    ((since, share, slots, sets),) = changed_choices(found)["digits_digit"]
+    changed = dict(zip(layers, slots, strict=True))
+    assert (since, share) == (0.5, 1.0)
+    assert changed[last] > 0.3
+    assert all(value == 0 for name, value in changed.items() if list(layers).index(name) < list(layers).index(last))
+    assert (sets <= slots + 1e-12).all()
+    make_report(run)
+    assert re.search(r"\| run +\| digits_digit +\| 50 to 100% +\|", (run / "report.md").read_text())
+    assert (run / "changes.png").exists()
 
 
 def test_a_second_evaluation_adds_its_tasks(checkpoints, digits, tmp_path):

@@ -17,15 +17,23 @@ from libmoe_fast.multiscale import passes
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """Where the tokens of one image went: per layer counts [N] int64 and gates [N + 3] float64 (see counts)."""
+    """Where the tokens of one image went, or of several.
+
+    Args:
+        counts, gates: per layer [N] int64 and [N + 3] float64, see counts.
+        chosen: per layer [tokens, K] uint8, best first; of several images, one after the other.
+    """
 
     counts: list[np.ndarray]
     gates: list[np.ndarray]
+    chosen: list[np.ndarray]
 
     def __add__(self, other: ImageRecord) -> ImageRecord:
-        pairs = zip((*self.counts, *self.gates), (*other.counts, *other.gates), strict=True)
-        sums = [mine + theirs for mine, theirs in pairs]
-        return ImageRecord(sums[: len(self.counts)], sums[len(self.counts) :])
+        return ImageRecord(
+            [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)],
+            [mine + theirs for mine, theirs in zip(self.gates, other.gates, strict=True)],
+            [np.concatenate(pair) for pair in zip(self.chosen, other.chosen, strict=True)],
+        )
 
 
 @contextmanager
@@ -48,9 +56,11 @@ def record_images(model: torch.nn.Module, images: int, *, beams: int = 1) -> Ite
         seen, scales = recorder.records[name], passes(model, name)
         counts = count_per_image(seen, images, beams=beams, scales=scales)
         gates = gates_per_image(seen, images, layer.router.spec, beams=beams)
-        found.append((counts.cpu().numpy(), gates.cpu().numpy()))
-    if found:
-        records.extend(ImageRecord([c[i] for c, _ in found], [g[i] for _, g in found]) for i in range(images))
+        chosen = _own_pass(seen[0], images, beams).index.reshape(images, -1, seen[0].index.shape[-1])
+        found.append((counts.cpu().numpy(), gates.cpu().numpy(), chosen.to(torch.uint8).cpu().numpy()))
+    for i in range(images if found else 0):
+        counts, gates, chosen = zip(*((c[i], g[i], e[i]) for c, g, e in found), strict=True)
+        records.append(ImageRecord(list(counts), list(gates), list(chosen)))
 
 
 def count_per_image(seen: Sequence[Routing], images: int, *, beams: int = 1, scales: int = 1) -> torch.Tensor:
@@ -66,21 +76,25 @@ def count_per_image(seen: Sequence[Routing], images: int, *, beams: int = 1, sca
     """
     if len(seen) != scales:
         raise RuntimeError(f"a vision layer ran {len(seen)} times, expected {scales}")
-    index, num_experts = seen[0].index, seen[0].probs.shape[-1]
-    if index.shape[0] == images * beams:
-        index = index[::beams]
-    chosen = index.reshape(images, -1)  # [images, m * tokens * K]
+    first = _own_pass(seen[0], images, beams)
+    num_experts = first.probs.shape[-1]
+    chosen = first.index.reshape(images, -1)  # [images, m * tokens * K]
     row = torch.arange(images, device=chosen.device).unsqueeze(1) * num_experts
     return torch.bincount((chosen + row).flatten(), minlength=images * num_experts).view(images, num_experts)
 
 
+def _own_pass(routing: Routing, images: int, beams: int) -> Routing:
+    """Each image once, where transformers 4 shows it once per beam."""
+    step = beams if routing.index.shape[0] == images * beams else 1
+    return Routing(*(tensor[::step] for tensor in routing[:3]))
+
+
 def gates_per_image(seen: Sequence[Routing], images: int, spec: RouterSpec, *, beams: int = 1) -> torch.Tensor:
     """[images, N + 3] float64: sums over each image's tokens of the probabilities, 1, their entropy, and the margin."""
-    first = seen[0]
-    take = slice(None, None, beams if first.index.shape[0] == images * beams else 1)
-    p = distribution(first.probs[take].double(), spec)  # [images * m, tokens, N]
+    first = _own_pass(seen[0], images, beams)
+    p = distribution(first.probs.double(), spec)  # [images * m, tokens, N]
     entropy = -torch.xlogy(p, p).sum(-1, keepdim=True) / math.log(2)
-    weights = first.weights[take].double()
+    weights = first.weights.double()
     margin = weights[..., :1] - (weights[..., 1:2] if spec.top_k > 1 else 0)
     every = torch.cat([p, torch.ones_like(entropy), entropy, margin], dim=-1)
     return every.reshape(images, -1, every.shape[-1]).sum(1)

@@ -20,7 +20,7 @@ from typing import Any
 
 from libmoe_fast.analysis import figures
 from libmoe_fast.analysis.results import RESULTS, ROUTING
-from libmoe_fast.analysis.routing_figures import routing_figures
+from libmoe_fast.analysis.routing_figures import changed_choices, routing_figures
 from libmoe_fast.analysis.runs import LOG, Run, find_runs
 from libmoe_fast.columns import BENCHMARKS, SUITES
 from libmoe_fast.errors import ConfigError
@@ -62,10 +62,12 @@ def make_report(folder: str | Path, *, out: str | Path | None = None) -> str:
             if draw(runs, out / name)
         ]
         drawn += routing_figures(runs, out)
-        table, others = (
-            score_table(runs),
-            {"Best checkpoints": best_table(runs), "Routing by task": routing_table(runs)},
-        )
+        table = score_table(runs)
+        others = {
+            "Best checkpoints": best_table(runs),
+            "Choices changed since the checkpoint before": changes_table(runs),
+            "Routing by task": routing_table(runs),
+        }
         write_atomically(out / "report.json", json.dumps([_details(run) for run in runs], indent=1))
         write_atomically(out / "report.md", _markdown(title, table, others, drawn))
         write_atomically(out / "report.csv", _csv(table))
@@ -139,6 +141,27 @@ def best_table(runs: Sequence[Run]) -> Table:
                 gain = score - run.scores[column]
                 rows.append([run.name, column, f"{100 * share:.0f}%", f"{score:.2f}", f"{gain:+.2f}"])
     return ["run", "benchmark", "best after", "score", "over the last"], rows, set()
+
+
+def changes_table(runs: Sequence[Run]) -> Table:
+    """Per run and task, the last checkpoint since the one before it: the mean over layers, and the most changed one."""
+    rows = []
+    for run in runs:
+        for task, points in changed_choices(run).items():
+            since, share, slots, sets = points[-1]
+            most = int(slots.argmax())
+            layer = figures.short_layer_name(run.counts.layers[most])
+            percent = [f"{100 * slots.mean():.1f}", f"{100 * sets.mean():.1f}", f"{layer}: {100 * slots[most]:.1f}"]
+            rows.append([run.name, task, f"{100 * since:.0f} to {100 * share:.0f}%", *percent])
+    headers = [
+        "run",
+        "task",
+        "training",
+        "other expert in its slot (%)",
+        "left the chosen (%)",
+        "most changed layer (%)",
+    ]
+    return headers, rows, set()
 
 
 def routing_table(runs: Sequence[Run]) -> Table:

@@ -1,13 +1,15 @@
-"""LibMoE's figures of where tokens go (arXiv 2411.00918): by subtask, by task, by layer and by encoder."""
+"""LibMoE's figures of where tokens go (arXiv 2411.00918): over training, by subtask, task, layer and encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from libmoe_fast.analysis.choices import changed, left
 from libmoe_fast.analysis.counts import Tally, TaskCounts
 from libmoe_fast.analysis.figures import COLOURS, groups, labels, numbered, short_layer_name
 from libmoe_fast.analysis.metrics import total_entropy
@@ -100,6 +102,47 @@ def layer_choices(run: Run, path: Path) -> bool:
     return True
 
 
+def changes(runs: Sequence[Run], path: Path) -> bool:
+    """Figure 4: the share of choices that changed since the checkpoint before, averaged over layers, by task."""
+    series = {run.name: found for run in _counted(runs) if (found := changed_choices(run))}
+    shown = [run for run in runs if run.name in series]
+    tasks = list(dict.fromkeys(task for found in series.values() for task in found))
+    panels = [
+        (title, task, part)
+        for task in tasks
+        for parts in [groups([run for run in shown if task in series[run.name]], runs)]
+        for title, part in zip(numbered(task, parts), parts, strict=True)
+    ]
+    if not panels:
+        return False
+    names = labels(shown)
+    figure = _figure(6.5, 3.2, len(panels))
+    for axis, (title, task, part) in zip(figure.axes, panels, strict=True):
+        for run, colour, marker in part:
+            points = np.array([(100 * share, 100 * slots.mean()) for _, share, slots, _ in series[run.name][task]])
+            axis.plot(*points.T, f"{marker}-", color=colour, label=names[run.name])
+        axis.set_xlabel("training done (%)")
+        axis.set_ylabel("choices changed (%)")
+        axis.set_ylim(bottom=0)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+    return True
+
+
+def changed_choices(run: Run) -> dict[str, list[tuple[float, float, np.ndarray, np.ndarray]]]:
+    """Per task and pair of checkpoints: (share of the steps at the first, at the second, changed [L], left [L])."""
+    if run.changes is None:
+        run.changes = {}
+        for (since, before), (share, after) in pairwise(run.choices_over_training()):
+            for task in dict.fromkeys(task for task, _ in after):
+                slots, sets = changed(before, after, task), left(before, after, task)
+                if slots is not None and sets is not None:
+                    run.changes.setdefault(task, []).append((since, share, slots, sets))
+    return run.changes
+
+
 def encoders(runs: Sequence[Run], path: Path) -> bool:
     """Figure 8: H_total averaged over subtasks, per router, one bar per encoder; False: there are not two encoders."""
     shown = [run for run in _counted(runs) if run.encoder]
@@ -177,6 +220,7 @@ def _save(figure: Figure, path: Path) -> None:
 def routing_figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[str, str]]:
     """Draws what the runs have records for; (file name, title) of each figure drawn."""
     for name, title, draw in (
+        ("changes.png", "Choices changed between checkpoints (LibMoE, figure 4)", changes),
         ("subtasks.png", "H_total by subtask (LibMoE, figure 5)", subtask_entropy),
         ("confidence.png", "Confidence by task (LibMoE, figure 6)", confidence),
         ("encoders.png", "H_total by encoder (LibMoE, figure 8)", encoders),

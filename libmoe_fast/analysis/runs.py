@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from libmoe_fast.analysis.choices import Choices, read_choices
 from libmoe_fast.analysis.counts import GATES, RoutingCounts, Tally
 from libmoe_fast.analysis.metrics import layer_entropy, load_imbalance, total_entropy
 from libmoe_fast.analysis.results import EXPORTS, RESULTS, ROUTING, exports_of, read_results
@@ -33,6 +34,7 @@ class Run:
     scores: dict[str, float] = field(default_factory=dict)
     counts: RoutingCounts | None = None
     history: dict[int, dict[str, float]] = field(default_factory=dict)  # scores of its exports, by step
+    changes: dict[str, list] | None = None  # what routing_figures.changed_choices has found, which takes a while
 
     @property
     def total_steps(self) -> int | None:
@@ -44,6 +46,14 @@ class Run:
         total = self.total_steps or max(self.history, default=0)
         points = [(step / total, score) for step, score in points if score is not None and total]
         return [*points, (1.0, self.scores[column])] if points and column in self.scores else points
+
+    def choices_over_training(self) -> Iterator[tuple[float, Choices]]:
+        """(share of the steps done, choices) of its exports and of final/, where evaluation kept them."""
+        total = self.total_steps or max(self.history, default=0)
+        places = [(step / total, path / "eval") for step, path in exports_of(self.folder)] if total else []
+        for share, path in [*places, (1.0, self.folder / "eval")]:  # one at a time: they may be large
+            if choices := read_choices(path):
+                yield share, choices
 
     @property
     def step_milliseconds(self) -> float | None:

@@ -1,0 +1,96 @@
+"""Which experts each image token was sent to: packed beside the answers, and compared between checkpoints.
+
+A choice takes as many bits as its expert's number needs: for CLIP-L with 4 experts, 2 bits * 577 tokens * 2 choices *
+25 layers are 7 kB per image, 17 MB for MME.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Choices = dict[tuple[str, int], list[np.ndarray]]  # (task, document) -> per layer [tokens, K], best first
+
+
+def pack(layers: Sequence[np.ndarray], num_experts: Sequence[int]) -> dict[str, Any]:
+    """[tokens, K] per layer as JSON-able text.
+
+    Args:
+        num_experts: per layer, at most 256; ValueError for more.
+    """
+    if max(num_experts, default=0) > 256:
+        raise ValueError(f"choices among {max(num_experts)} experts do not fit the 8 bits that are kept of each")
+    bits = np.concatenate([_to_bits(chosen, n) for chosen, n in zip(layers, num_experts, strict=True)])
+    return {
+        "shapes": [list(chosen.shape) for chosen in layers],
+        "experts": list(num_experts),
+        "bits": base64.b64encode(np.packbits(bits).tobytes()).decode(),
+    }
+
+
+def unpack(packed: dict[str, Any]) -> list[np.ndarray]:
+    """What `pack` was given, as uint8."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed["bits"]), dtype=np.uint8))
+    layers, at = [], 0
+    for shape, n in zip(packed["shapes"], packed["experts"], strict=True):
+        width = _width(n)
+        size = int(np.prod(shape)) * width
+        values = bits[at : at + size].reshape(-1, width)
+        layers.append((values << np.arange(width)[::-1]).sum(1).astype(np.uint8).reshape(shape))
+        at += size
+    return layers
+
+
+def _width(num_experts: int) -> int:
+    return max((num_experts - 1).bit_length(), 1)
+
+
+def _to_bits(chosen: np.ndarray, num_experts: int) -> np.ndarray:
+    return np.unpackbits(chosen.astype(np.uint8).reshape(-1, 1), axis=1)[:, -_width(num_experts) :].ravel()
+
+
+def read_choices(evaluation: Path, run: str | None = None) -> Choices:
+    """The choices in an evaluation's answers; of the run of that name alone, where several are kept there."""
+    found: Choices = {}
+    for file in sorted((evaluation / "answers").glob("*.jsonl")):
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+                if line.get("choices") and (run is None or line["run"] == run):
+                    found[line["task"], line["document"]] = unpack(line["choices"])
+            except (ValueError, KeyError, TypeError):  # the line a killed run was writing
+                continue
+    return found
+
+
+def changed(before: Choices, after: Choices, task: str) -> np.ndarray | None:
+    """Per layer, the share of slots with another expert than before (LibMoE, figure 4); None: no common document."""
+    return _mean_over_tokens(before, after, task, lambda a, b: (a != b).mean(1))
+
+
+def left(before: Choices, after: Choices, task: str) -> np.ndarray | None:
+    """Per layer, 1 - |chosen before and after| / K: the share of chosen experts that changed, whatever their order.
+
+    With the last checkpoint as `after`, 1 - this is the router's saturation (Muennighoff et al. 2024, OLMoE).
+    """
+    return _mean_over_tokens(
+        before, after, task, lambda a, b: 1 - (a[:, :, None] == b[:, None, :]).any(2).mean(1, dtype=np.float64)
+    )
+
+
+def _mean_over_tokens(before: Choices, after: Choices, task: str, measure) -> np.ndarray | None:
+    """Over all tokens of the documents that both have; layers have the same number of tokens in both."""
+    shared = [key for key in before.keys() & after.keys() if key[0] == task]
+    if not shared:
+        return None
+    sums, tokens = 0.0, 0.0
+    for key in shared:
+        values = [measure(a, b) for a, b in zip(before[key], after[key], strict=True)]
+        sums = sums + np.array([value.sum() for value in values])
+        tokens = tokens + np.array([len(value) for value in values])
+    return sums / tokens
