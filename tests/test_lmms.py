@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -271,6 +272,17 @@ def test_generation_settings_of_tasks():
 def test_wrong_model_arguments_are_refused(plugin, options, message):
     with pytest.raises(ConfigError, match=message):
         plugin(**options)
+
+
+def test_a_prompt_over_the_context_is_warned_of(plugin, documents):
+    """512 positions in the tiny model: what lies beyond was never trained."""
+    model = plugin()
+    long = {**documents[0], "question": "Is it even? " * 200}
+    with pytest.warns(UserWarning, match=r"more than the model's 512 positions"):
+        model.generate_until(requests(model, [long], settings={"max_new_tokens": 1}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.generate_until(requests(model, documents[:1], settings={"max_new_tokens": 1}))
 
 
 def test_video_is_refused(plugin, documents):

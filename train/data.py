@@ -18,6 +18,7 @@ from libmoe_fast.train.config import DataConfig
 from libmoe_fast.train.images import prepare_image
 from libmoe_fast.train.records import Record, Records, name_record, read_records
 from libmoe_fast.train.sampler import ModalityLengthSampler
+from libmoe_fast.train.table import RecordTable
 
 
 @dataclass(kw_only=True)
@@ -65,12 +66,12 @@ class ConversationDataset(Dataset[Sample]):
 
     @property
     def has_image(self) -> list[bool]:
-        return ["image" in record for record in self.records]
+        return self.records.has_image
 
     @property
     def lengths(self) -> list[int]:
         """Characters per conversation: enough to sort by, without tokenising the whole data set first."""
-        return [sum(len(turn["value"]) for turn in record["conversations"]) for record in self.records]
+        return self.records.lengths
 
     def __getitem__(self, index: int) -> Sample:
         skipped: list[str] = []
@@ -119,18 +120,18 @@ def paths(config: DataConfig) -> tuple[Path, Path]:
     return file, Path(config.images) if config.images is not None else file.parent
 
 
-def open_records(config: DataConfig) -> Records:
+def open_records(config: DataConfig, *, table: Path | None = None) -> Records:
     """What config names, read and checked; raises as read_records does."""
-    return read_records(*paths(config), skip_bad=config.skip_bad_samples)
+    return read_records(*paths(config), skip_bad=config.skip_bad_samples, table=table)
 
 
-def _share(records: list[Record], fraction: float, seed: int) -> list[Record]:
+def _share(records: RecordTable, fraction: float, seed: int) -> RecordTable:
     """This share of the records (at least one), in their order."""
     if fraction == 1:
         return records
     kept = max(round(len(records) * fraction), 1)
     drawn = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:kept]
-    return [records[i] for i in sorted(drawn.tolist())]
+    return records.share(sorted(drawn.tolist()))
 
 
 @dataclass(frozen=True, kw_only=True)

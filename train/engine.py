@@ -82,6 +82,13 @@ def collect_from_ranks(lines: list[str]) -> list[str]:
     return [line for lines in collected for line in lines]
 
 
+def from_first_rank(value: Any) -> Any:
+    """What rank 0 gives, on all ranks. All ranks must call it."""
+    values = [value]
+    dist.broadcast_object_list(values, group=_host_group())
+    return values[0]
+
+
 def make_engine(model: nn.Module, config: TrainConfig) -> Any:
     """A DeepSpeedEngine around the model, with AdamW on what is trainable."""
     import deepspeed

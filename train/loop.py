@@ -7,10 +7,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from libmoe_fast.errors import LibMoEError
 from libmoe_fast.train.config import TrainConfig, check
 from libmoe_fast.train.data import Batch, ConversationDataset, batches, make_collator, open_records
 from libmoe_fast.train.engine import (
     collect_from_ranks,
+    from_first_rank,
     learning_rate,
     make_engine,
     set_learning_rate,
@@ -21,8 +23,9 @@ from libmoe_fast.train.engine import (
 )
 from libmoe_fast.train.log import Statistics, StepLog
 from libmoe_fast.train.model import DTYPES, build_model, image_tokens, settle_format
+from libmoe_fast.train.records import Records
 from libmoe_fast.train.sampler import ModalityLengthSampler, steps_per_epoch
-from libmoe_fast.train.state import RunFolder, seed_everything
+from libmoe_fast.train.state import RunFolder, disk_errors, seed_everything
 from libmoe_fast.train.stop import StopSignal
 from libmoe_fast.upcycle import aux_loss_disabled, scale_aux_loss, set_training_progress
 
@@ -45,8 +48,7 @@ def train(config: TrainConfig) -> None:
 
 
 def _train(config: TrainConfig, run: RunFolder) -> None:
-    records = open_records(config.data)  # before the model: what is wrong with them is known in seconds
-    _say(f"{config.data.file}: {records}")
+    records = _records(config, run)  # before the model: what is wrong with them is known in seconds
     seed_everything(config.run.seed)  # the same new weights on every rank
     model, processor = build_model(config.model, dtype=DTYPES[config.engine.dtype])
     config = settle_format(config, model, processor)
@@ -87,6 +89,22 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
                 raise KeyboardInterrupt(f"stopped and saved after step {done} of {steps}; the same command goes on")
     run.export(engine.module, processor, whole_state(engine))
     _say(f"{run.path} is done: the trained model is in {run.final}")
+
+
+def _records(config: TrainConfig, run: RunFolder) -> Records:
+    """Read and checked by the first process, and mapped by all. All ranks raise what the first one found wrong."""
+    outcome: Any = None
+    if dist.get_rank() == 0:
+        try:
+            with disk_errors(str(run.records)):
+                outcome = open_records(config.data, table=run.records)
+            _say(f"{config.data.file}: {outcome}")
+        except LibMoEError as error:
+            outcome = error
+    outcome = from_first_rank(outcome)
+    if isinstance(outcome, LibMoEError):
+        raise outcome
+    return outcome
 
 
 def _step(

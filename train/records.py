@@ -13,17 +13,20 @@ What published files hold beside plain questions and answers, and what becomes o
 """
 
 import json
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from libmoe_fast.errors import DataError
 from libmoe_fast.train.chat import IMAGE
+from libmoe_fast.train.table import Record, RecordTable, TableWriter
 
-Record = dict[str, Any]
+READ_AT_A_TIME = 1 << 22  # characters
 
 
 @dataclass(kw_only=True)
@@ -36,7 +39,7 @@ class Records:
         mended: how many records had what, of those that needed mending.
     """
 
-    good: list[Record]
+    good: RecordTable
     skipped: list[str] = field(default_factory=list)
     mended: Counter = field(default_factory=Counter)
 
@@ -46,32 +49,34 @@ class Records:
         return f"{len(self.good):,} records, {len(self.skipped):,} left out{mended}"
 
 
-def read_records(file: Path, images: Path, *, skip_bad: bool) -> Records:
-    """The records of a file that can be trained on.
+def read_records(file: Path, images: Path, *, skip_bad: bool, table: Path | None = None) -> Records:
+    """The records of a file that can be trained on. The file is read in parts, and is never in memory as a whole.
 
     Args:
         file: JSON list, or JSON lines, of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}.
         images: folder that image paths start from.
         skip_bad: leave out bad records instead of raising at the first.
+        table: file that the records are kept in while they are used; none given = a temporary one.
 
     Raises:
         DataError: the file cannot be read (whatever skip_bad says), or a record cannot be used.
     """
-    records = Records(good=[])
-    for index, record in enumerate(_parse(file)):
-        kinds = _mend(record)
-        problem = _problem(record, images)
-        if problem is None:
-            record["index"] = index  # a sample that turns out bad later on is named by it
-            records.good.append(record)
-            records.mended.update(kinds)
-        elif skip_bad:
-            records.skipped.append(f"{name_record(file, index, record)}: {problem}")
-        else:
-            raise DataError(f"{name_record(file, index, record)}: {problem} (--skip-bad-samples leaves it out)")
-    if not records.good:
-        raise DataError(f"{file}: no record can be used ({len(records.skipped)} bad)")
-    return records
+    skipped: list[str] = []
+    mended: Counter = Counter()
+    with TableWriter(table) as writer:
+        for index, (record, text) in enumerate(_parse(file)):
+            kinds = _mend(record)
+            problem = _problem(record, images)
+            if problem is None:
+                writer.add(index, record, json.dumps(record) if kinds else text)
+                mended.update(kinds)
+            elif skip_bad:
+                skipped.append(f"{name_record(file, index, record)}: {problem}")
+            else:
+                raise DataError(f"{name_record(file, index, record)}: {problem} (--skip-bad-samples leaves it out)")
+    if not writer.rows:
+        raise DataError(f"{file}: no record can be used ({len(skipped)} bad)")
+    return Records(good=writer.table, skipped=skipped, mended=mended)
 
 
 def _mend(record: Any) -> list[str]:
@@ -97,9 +102,85 @@ def name_record(file: Path, index: int, record: Any) -> str:
     return f"{file}: record {index}" + (f" (id {name!r})" if name is not None else "")
 
 
-def _parse(file: Path) -> list[Any]:
+def _parse(file: Path) -> Iterator[tuple[Any, str]]:
+    """The values in a file, each with its text. What is wrong with the file is found out by reading it as a whole."""
     try:
-        text = file.read_text(encoding="utf-8-sig")  # a byte-order mark, which some editors write, is no content
+        with file.open(encoding="utf-8-sig", newline="") as stream:  # a byte-order mark is no content
+            yield from _values_of(stream)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        _parse_whole(file)
+        raise DataError(f"{file}: cannot be read in parts: {error}") from error
+
+
+class _PartsError(ValueError):
+    """The text is not a list of values, nor values one after the other."""
+
+
+def _values_of(stream: TextIO) -> Iterator[tuple[Any, str]]:
+    """The values of a JSON list, or of JSON lines, with the text of each, a part of the stream at a time."""
+    decoder = json.JSONDecoder()
+    text, position, ended = "", 0, False
+
+    def more() -> bool:
+        """Reads on; False at the end."""
+        nonlocal text, position, ended
+        part = stream.read(READ_AT_A_TIME)
+        text, position, ended = text[position:] + part, 0, not part
+        return not ended
+
+    def next_character() -> str:
+        """The next one that is not white space, "" at the end."""
+        nonlocal position
+        while True:
+            while position < len(text) and text[position] in " \t\r\n":
+                position += 1
+            if position < len(text) or not more():
+                return text[position : position + 1]
+
+    lists = next_character() == "["
+    position += lists
+    count, held = 0, None  # the first of JSON lines waits for a second: one value alone on its line is no list of any
+    while (character := next_character()) and not (lists and character == "]"):
+        if lists and count:
+            if character != ",":
+                raise _PartsError("no comma between two values")
+            position += 1
+            next_character()
+        while True:
+            try:
+                value, end = decoder.raw_decode(text, position)
+            except json.JSONDecodeError:
+                if not more():
+                    raise
+                continue
+            if end < len(text) or ended or not more():  # a number may go on
+                break
+        count += 1
+        found = value, text[position:end]
+        if lists or count > 1:
+            if held is not None:
+                yield held
+            held = None
+            yield found
+        else:
+            held = found
+        position = end
+    if held is not None and "\n" in held[1]:
+        yield held
+    if lists:
+        position += 1
+        if not character or next_character():
+            raise _PartsError("the list does not end, or more follows it")
+    elif count < 2 and (held is None or "\n" not in held[1]):
+        raise _PartsError("one value, which is no list")
+
+
+def _parse_whole(file: Path) -> None:
+    """Raises DataError that says where a file is malformed."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -113,7 +194,6 @@ def _parse(file: Path) -> list[Any]:
         raise DataError(f"{file}: JSON that cannot be read: {error}") from error
     if not isinstance(records, list):
         raise DataError(f"{file}: holds a JSON {type(records).__name__}; expected a list of records")
-    return records
 
 
 def _values(text: str, position: int, between: str = " \t\r\n") -> Iterator[Any]:
@@ -187,18 +267,19 @@ def _image_problem(record: Record, images: Path) -> str | None:
     image, expected = record.get("image"), int("image" in record)
     if expected and not isinstance(image, str):
         return f"image is {image!r}; expected one path"
-    in_answers = sum(turn["value"].count(IMAGE) for turn in record["conversations"][1::2])
-    if in_answers:
+    if any(IMAGE in turn["value"] for turn in record["conversations"][1::2]):
         return f"an answer contains {IMAGE}"
     if not expected and any(IMAGE in turn["value"] for turn in record["conversations"]):
         return f"has no image, but {IMAGE} in its questions"
     if expected and image.startswith("data:"):
         return "image is a data URI; expected the path of a file: decode it into one"
-    return _file_problem(images / image) if expected else None
+    return _file_problem(os.path.join(images, image)) if expected else None
 
 
-def _file_problem(path: Path) -> str | None:
+def _file_problem(path: str) -> str | None:
     try:
-        return None if path.is_file() else f"image {path} does not exist"
+        return None if stat.S_ISREG(os.stat(path).st_mode) else f"image {path} is no file"
+    except FileNotFoundError:
+        return f"image {path} does not exist"
     except (OSError, ValueError) as error:  # a name longer than the file system takes, or with a zero byte
         return f"image {str(path)[:100]!r} is no file name: {error}"

@@ -4,6 +4,7 @@
     folder/inputs.json            fingerprints of the data and the weights that it started from
     folder/checkpoints/latest     name of the newest whole checkpoint
     folder/checkpoints/step-N/    DeepSpeed's state, and rank-R.pt with that process's random state
+    folder/records.arrow          the records while they are used: made at every start, mapped by all processes
     folder/exports/step-N/        the model after N steps, to be evaluated (run.export_at)
     folder/final/                 the trained model; there once the run is done
 
@@ -60,6 +61,7 @@ class RunFolder:
         self.path = Path(config.run.folder)
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
+        self.records = self.path / "records.arrow"
 
     def __enter__(self) -> "RunFolder":
         if dist.get_rank() == 0:
@@ -209,8 +211,10 @@ class RunFolder:
         if dist.get_rank() == 0:
             folder = self.final if step is None else self.path / EXPORTS / f"step-{step}"
             save_model(model, folder, processor=processor, state_dict=state)
-            if step is None and self.config.run.delete_checkpoints_when_done:
-                _remove(self.checkpoints)
+            if step is None:
+                self.records.unlink(missing_ok=True)
+                if self.config.run.delete_checkpoints_when_done:
+                    _remove(self.checkpoints)
         dist.barrier()
 
 

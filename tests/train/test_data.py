@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import pickle
 import signal
+import tracemalloc
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from PIL import Image
 
 from libmoe_fast.cli import main
 from libmoe_fast.errors import DataError
+from libmoe_fast.train import records
 from libmoe_fast.train.chat import IGNORED, conversation_turns
 from libmoe_fast.train.config import DataConfig
 from libmoe_fast.train.data import ConversationDataset, batches, make_collator
@@ -216,6 +219,60 @@ def test_other_ways_to_write_the_same_records(write, folder, processor):
     config = DataConfig(file=str(folder / "data.json"))
     dataset = ConversationDataset(config, processor, image_tokens=IMAGE_TOKENS, template="phi3")
     assert [dataset[i].ids for i in range(2)] == [expected[i].ids for i in range(2)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1 << 22])  # from every character to all at once
+def test_a_file_is_read_in_parts(size, folder, monkeypatch):
+    """Escapes, numbers and records that a part's end cuts through; JSON and JSON lines."""
+    monkeypatch.setattr(records, "READ_AT_A_TIME", size)
+    odd = good(1, image=False)
+    odd["conversations"][1]["value"] = 'a "quote", \\ a backslash, é 漢 😀 \n and -1.5e3'
+    given = [good(0), odd | {"score": -12.5e-3, "nested": [[], {"a": None}, True]}, good(2) | {"id": 1234567}]
+    for ascii_only in (True, False):
+        for text in (
+            json.dumps(given, ensure_ascii=ascii_only),
+            json.dumps(given, indent=2, ensure_ascii=ascii_only),
+            "\n".join(json.dumps(one, ensure_ascii=ascii_only) for one in given),
+        ):
+            (folder / "data.json").write_text(text, encoding="utf-8")
+            found = read_records(folder / "data.json", folder, skip_bad=False)
+            assert [{**record, "index": None} for record in found.good] == [{**one, "index": None} for one in given]
+            assert [record["index"] for record in found.good] == [0, 1, 2]
+            assert found.good.has_image == [True, False, True]
+            assert found.good.lengths == [sum(len(t["value"]) for t in one["conversations"]) for one in given]
+
+
+@pytest.mark.parametrize("text", ["[1 2]", "[1,]", "[", "[1", "[1]]", "{}", "[1],[2]", '{"a": 1} [', "", "1", "[1]x"])
+def test_what_is_no_list_of_values(text, folder):
+    (folder / "data.json").write_text(text)
+    with pytest.raises(DataError, match=r"data\.json"):
+        read_records(folder / "data.json", folder, skip_bad=True)
+
+
+def test_records_cost_no_memory_of_their_own(folder, monkeypatch):
+    """40 MB of records, read in parts of 64 kB: a batch of the table at the most, and next to nothing afterwards."""
+    monkeypatch.setattr(records, "READ_AT_A_TIME", 1 << 16)
+    text = json.dumps(good(0, image=False) | {"note": "x" * 8000})
+    with (folder / "data.json").open("w") as file:
+        file.writelines([f"{text}\n"] * 5000)
+    tracemalloc.start()
+    found = read_records(folder / "data.json", folder, skip_bad=False)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.good) == 5000
+    assert (folder / "data.json").stat().st_size > 40_000_000
+    assert kept < 1_000_000
+    assert peak < 20_000_000  # a batch is 1,024 records, of 8 kB here
+
+
+def test_another_process_maps_the_same_table(folder, tmp_path):
+    (folder / "data.json").write_text(json.dumps([good(i) for i in range(20)]))
+    table = read_records(folder / "data.json", folder, skip_bad=False, table=tmp_path / "records.arrow").good
+    some = pickle.loads(pickle.dumps(table.share([3, 1, 7])))
+    assert [record["id"] for record in some] == ["n3", "n1", "n7"]
+    assert (len(table), len(some), table[-1]["id"], some.has_image) == (20, 3, "n19", [True] * 3)
+    with pytest.raises(IndexError):
+        some[3]
 
 
 ANY_JSON = st.recursive(
