@@ -12,6 +12,7 @@ several processes each answers its share of a task's questions first.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -218,7 +219,7 @@ def _find_tasks(tasks: Sequence[str], include_path: Sequence[str]):
             raise ConfigError(f"no folder {folder} to include tasks from")
     try:
         _quiet_lmms_eval()
-        from lmms_eval.tasks import TaskManager
+        import lmms_eval.tasks  # noqa: F401
     except ImportError as error:
         known = [problem for problem in compatibility.problems() if "lmms-eval" in problem.problem]
         raise ConfigError(
@@ -226,10 +227,11 @@ def _find_tasks(tasks: Sequence[str], include_path: Sequence[str]):
             + (" ".join(map(str, known)) or "pip install 'libmoe_fast[eval]'")
         ) from error
 
-    paths = [str(Path(folder).resolve()) for folder in include_path]
-    manager = TaskManager(include_path=paths, include_defaults=False, model_name="libmoe_fast")
+    paths = tuple(str(Path(folder).resolve()) for folder in include_path)
+    written = tuple(file.stat().st_mtime_ns for path in paths for file in sorted(Path(path).rglob("*.yaml")))
+    manager = _task_manager(paths, written, stock=False)
     if any(task not in manager.task_index for task in tasks):
-        manager = TaskManager(include_path=paths, model_name="libmoe_fast")
+        manager = _task_manager(paths, written, stock=True)
     unknown = [task for task in tasks if task not in manager.task_index]
     if unknown:
         import difflib
@@ -238,6 +240,17 @@ def _find_tasks(tasks: Sequence[str], include_path: Sequence[str]):
         hint = f"did you mean {' or '.join(close)}?" if close else "add its folder with --include_path"
         raise ConfigError(f"lmms-eval knows no task {unknown[0]!r}: {hint}")
     return manager
+
+
+@functools.cache
+def _task_manager(paths: tuple[str, ...], written: tuple[int, ...], *, stock: bool):
+    """Indexing the stock tasks takes seconds, which several checkpoints need not pay again.
+
+    written: when the files in `paths` were, so that edited ones are read anew.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(paths), include_defaults=stock, model_name="libmoe_fast")
 
 
 def _quiet_lmms_eval() -> None:
