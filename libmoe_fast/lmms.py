@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import islice
@@ -29,24 +28,24 @@ from lmms_eval.api.model import lmms
 from libmoe_fast.analysis.counts import RoutingCounts, image_layers
 from libmoe_fast.checkpoint import DEFAULT_FORMAT, FORMAT, layer_names
 from libmoe_fast.errors import CheckpointError, ConfigError
+from libmoe_fast.lmms_requests import (
+    BLANK,
+    MARK,
+    Rounds,
+    batches,
+    categories_of,
+    cut,
+    filled,
+    generation_options,
+    is_padding,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
     from lmms_eval.models.registry_v2 import ModelManifest
 
     from libmoe_fast.answers import AnswerStore
-
-# The field(s) of a benchmark's documents that name their subtask.
-CATEGORY_FIELDS = {
-    "chartqa": ("type",),
-    "hallusion_bench_image": ("category", "subcategory"),
-    "mmbench_en_dev_static": ("category", "L2-category"),
-    "mmstar": ("category", "l2_category"),
-}
-_DEFAULT_CATEGORY_FIELDS = ("category",)
-
-_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
-_GENERATION_OPTIONS = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "min_new_tokens")
 
 
 def manifests() -> list[ModelManifest]:
@@ -192,8 +191,8 @@ class LibMoEFast(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """A list of answers per request: the task writes each round's messages from the answers so far."""
         requests = self._mine(requests)
-        rounds = [_Rounds() for _ in requests]
-        going_on = [i for i, request in enumerate(requests) if not _is_padding(request)]
+        rounds = [Rounds() for _ in requests]
+        going_on = [i for i, request in enumerate(requests) if not is_padding(request)]
         while going_on:
             for i in going_on:
                 rounds[i].prepare(requests[i].args[1], self._document(requests[i]))
@@ -266,7 +265,7 @@ class LibMoEFast(lmms):
     def _prompt(self, request: Instance, messages: Callable[[Mapping], list[dict]]) -> Prompt:
         *_, task, _ = request.args
         document = self._document(request)  # once: reading it decodes its images
-        return self._render(messages(document), task, _categories(task, document))
+        return self._render(messages(document), task, categories_of(task, document))
 
     def _render(self, messages: list[dict], task: str = "", categories: Mapping[str, str] | None = None) -> Prompt:
         """The chat as text with one `<image>` per image, and the images, squared as they were in training."""
@@ -282,9 +281,9 @@ class LibMoEFast(lmms):
         parts = [part for message in rendered for part in message["content"] if part["type"] == "text"]
         written = [part["text"].replace(self._processor.image_token, "") for part in parts]  # it would be an image
         for number, part in enumerate(parts):
-            part["text"] = f"{_BLANK}{_MARK}{number}{_MARK}{_BLANK}"
+            part["text"] = f"{BLANK}{MARK}{number}{MARK}{BLANK}"
         frame = self._processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
-        text, contents = _filled(frame, written)
+        text, contents = filled(frame, written)
         return Prompt(text, contents, [self._prepared(image) for image in images], task, dict(categories or {}))
 
     def _prepared(self, image: Any):
@@ -323,16 +322,16 @@ class LibMoEFast(lmms):
         lines: dict[int, dict[str, Any]] = {}
         keys = {}
         if self._store is not None:
-            keys = {i: self._key(r, so_far and so_far[i]) for i, r in enumerate(requests) if not _is_padding(r)}
+            keys = {i: self._key(r, so_far and so_far[i]) for i, r in enumerate(requests) if not is_padding(r)}
             stored = {i: self._store.get(key) for i, key in keys.items()}
             lines = {i: line for i, line in stored.items() if line is not None and self._says_enough(line)}
-        missing = [i for i, request in enumerate(requests) if i not in lines and not _is_padding(request)]
+        missing = [i for i, request in enumerate(requests) if i not in lines and not is_padding(request)]
         description = f"Answering {requests[0].task_name}" if requests and requests[0].task_name else "Answering"
         with tqdm(total=len(requests), desc=description, disable=self.rank != 0 or not requests) as bar:
             bar.update(len(lines))
-            for indices in _batches(requests, self._batch_size, missing):
+            for indices in batches(requests, self._batch_size, missing):
                 prompts = [self._prompt(requests[i], partial(messages, i)) for i in indices]
-                for i, line in zip(indices, self._generate(prompts, _settings(requests[indices[0]])), strict=True):
+                for i, line in zip(indices, self._generate(prompts, settings_of(requests[indices[0]])), strict=True):
                     lines[i] = line
                     if self._store is not None:
                         line["document"] = requests[i].args[-3]
@@ -352,7 +351,7 @@ class LibMoEFast(lmms):
     def _key(self, request: Instance, so_far: Any) -> str:
         context, *_, doc_id, task, split = request.args
         data = [self._data, getattr(self.task_dict[task][split], "_fingerprint", None)]
-        return self._store.key(task, split, doc_id, context, _settings(request), request.idx, data, so_far)
+        return self._store.key(task, split, doc_id, context, settings_of(request), request.idx, data, so_far)
 
     @torch.inference_mode()
     def _generate(self, prompts: list[Prompt], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -360,7 +359,7 @@ class LibMoEFast(lmms):
         from libmoe_fast.analysis.choices import pack
         from libmoe_fast.analysis.counter import record_images
 
-        options = _generation_options(settings, self._max_new_tokens)
+        options = generation_options(settings, self._max_new_tokens)
         inputs = self._inputs(prompts)
         self._check_length(inputs["input_ids"].shape[1], options["max_new_tokens"])
         images = sum(len(prompt.images) for prompt in prompts) if self._counting else 0
@@ -371,7 +370,7 @@ class LibMoEFast(lmms):
         records = iter(seen)
         lines = []
         for prompt, text in zip(prompts, texts, strict=True):
-            line = {"answer": _cut(text, settings.get("until")), "categories": prompt.categories, "images": 0}
+            line = {"answer": cut(text, settings.get("until")), "categories": prompt.categories, "images": 0}
             if own := list(islice(records, len(prompt.images))):
                 record = reduce(add, own)
                 line |= {
@@ -426,85 +425,6 @@ class LibMoEFast(lmms):
                 counts.merge(other)
         if self._rank == 0:
             counts.save(path)
-
-
-_MARK = "\ue000"  # of a place in a rendered chat: private use, in no tokenizer and no template
-_BLANK = "\u2003"  # around it, an em space: gone where the template strips what it is given
-
-
-def _filled(frame: str, written: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
-    """A rendered chat with what people wrote in its places, and the spans of characters that this takes."""
-    text, contents = "", []
-    for i, piece in enumerate(re.split(f"({_BLANK}?{_MARK}[0-9]+{_MARK}{_BLANK}?)", frame)):
-        if i % 2:
-            content = written[int(piece.strip(_BLANK).strip(_MARK))]
-            content = content if piece.startswith(_BLANK) else content.lstrip()
-            content = content if piece.endswith(_BLANK) else content.rstrip()
-            contents.append((len(text), len(text) + len(content)))
-            piece = content
-        text += piece
-    return text, contents
-
-
-class _Rounds:
-    """One request of a multi-round task: its answers, and what the task hands from round to round."""
-
-    def __init__(self) -> None:
-        self.answers: list[str] = []
-        self.messages: list[dict] | None = None  # of the round to come; None: there is none
-        self._info: Any = None
-
-    def prepare(self, doc_to_messages: Callable, doc: Mapping) -> None:
-        if not self.answers:
-            self.messages = doc_to_messages(doc)
-            return
-        told = {"previous_output": list(self.answers), "previous_round_info": self._info}
-        given = doc_to_messages(doc, round_idx=len(self.answers), **told)
-        terminal = True
-        if isinstance(given, tuple) and len(given) == 4:  # a task of one round gives something else
-            self.messages, terminal, _, self._info = given
-        if terminal:
-            self.messages = None
-
-
-def _batches(requests: list[Instance], size: int, wanted: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of wanted requests to answer together: equal settings, similar length (left padding stays short)."""
-    groups: dict[str, list[int]] = {}
-    for i in wanted:
-        groups.setdefault(json.dumps(_settings(requests[i]), sort_keys=True, default=str), []).append(i)
-    for group in groups.values():
-        group.sort(key=lambda i: len(requests[i].args[0]))
-        yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
-def _settings(request: Instance) -> Mapping[str, Any]:
-    return request.args[2]
-
-
-def _generation_options(settings: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """lmms-eval's gen_kwargs as arguments of `generate`; settings about prompts or other models are not ours."""
-    options = {name: settings[name] for name in _GENERATION_OPTIONS if settings.get(name) is not None}
-    options["max_new_tokens"] = int(settings.get("max_new_tokens") or max_new_tokens)
-    temperature = settings.get("temperature") or 0.0
-    options["do_sample"] = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
-    for name in _SAMPLING_OPTIONS:
-        options[name] = settings.get(name) if options["do_sample"] else None  # None: no warning about unused ones
-    return options
-
-
-def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    stops = [until] if isinstance(until, str) else until or []
-    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def _categories(task: str, doc: Mapping) -> dict[str, str]:
-    fields = CATEGORY_FIELDS.get(task, _DEFAULT_CATEGORY_FIELDS)
-    return {name: str(doc[name]) for name in fields if doc.get(name) is not None}
-
-
-def _is_padding(request: Instance) -> bool:
-    """With several ranks, lmms-eval repeats the last request until all ranks hold as many."""
-    return isinstance(request.metadata, dict) and bool(request.metadata.get("__padding_only__"))
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:

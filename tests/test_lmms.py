@@ -25,7 +25,8 @@ from libmoe_fast.analysis.results import checkpoints_of, evaluation_folder
 from libmoe_fast.analysis.routing_figures import changed_choices
 from libmoe_fast.analysis.runs import find_runs
 from libmoe_fast.evaluate import EvaluateConfig, evaluate
-from libmoe_fast.lmms import LibMoEFast, _cut, _filled, _generation_options
+from libmoe_fast.lmms import LibMoEFast
+from libmoe_fast.lmms_requests import cut, filled, generation_options
 
 TOKENS = {"vision": 17, "projector": 16}  # 32 x 32 pixels in patches of 8, and CLIP's class token, which is dropped
 TOP_K = 2
@@ -160,15 +161,15 @@ def test_plain_prompts_are_what_the_processor_makes_of_them(plugin, documents):
 
 
 @pytest.mark.parametrize(
-    ("frame", "filled"),
+    ("frame", "expected"),
     [
         ("<s>user: \u2003\ue0000\ue000\u2003</s>", "<s>user:  a b </s>"),  # the template keeps what it is given
         ("<s>user: \ue0000\ue000</s>", "<s>user: a b</s>"),  # or strips it
     ],
 )
-def test_contents_are_found_in_any_template(frame, filled):
-    text, ((start, stop),) = _filled(frame, [" a b "])
-    assert (text, text[start:stop].strip()) == (filled, "a b")
+def test_contents_are_found_in_any_template(frame, expected):
+    text, ((start, stop),) = filled(frame, [" a b "])
+    assert (text, text[start:stop].strip()) == (expected, "a b")
 
 
 def test_padding_requests_count_nothing(plugin, documents):
@@ -249,15 +250,15 @@ def test_multi_round_feeds_answers_back_until_the_task_ends_it(plugin, documents
     ],
 )
 def test_until_cuts_the_answer(until, expected):
-    assert _cut("one\ntwo. three", until) == expected
+    assert cut("one\ntwo. three", until) == expected
 
 
 def test_generation_settings_of_tasks():
-    greedy = _generation_options({"temperature": 0, "until": ["x"], "image_aspect_ratio": "pad"}, 9)
+    greedy = generation_options({"temperature": 0, "until": ["x"], "image_aspect_ratio": "pad"}, 9)
     assert greedy == {"max_new_tokens": 9, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     asked = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 4, "num_beams": 2}
-    assert _generation_options(asked, 9) == {**asked, "do_sample": True, "top_k": None}
-    assert not _generation_options({"temperature": 0.7, "do_sample": False}, 9)["do_sample"]
+    assert generation_options(asked, 9) == {**asked, "do_sample": True, "top_k": None}
+    assert not generation_options({"temperature": 0.7, "do_sample": False}, 9)["do_sample"]
 
 
 @pytest.mark.parametrize(
