@@ -28,8 +28,8 @@ class AnswerStore:
     def __init__(self, folder: str | Path, run: Any, rank: int = 0) -> None:
         self.folder, self.rank = Path(folder), rank
         self.run = _digest(run)
-        self._known: dict[str, dict[str, Any]] | None = None
         self._open: dict[str, TextIO] = {}
+        self.reload()
 
     def key(self, *question: Any) -> str:
         """Of a question: the task, its number, its text, its settings, the data's fingerprint."""
@@ -37,24 +37,19 @@ class AnswerStore:
 
     def get(self, key: str) -> dict[str, Any] | None:
         """{"answer", "categories", "images", "layers"}, or None where there is none yet."""
-        if self._known is None:
-            self.reload()
         return self._known.get(key)
 
     @property
     def empty(self) -> bool:
-        if self._known is None:
-            self.reload()
         return not self._known
 
     def reload(self) -> None:
         """Reads what all processes have written."""
-        self._known = {line["key"]: line for line in self._lines() if line.get("run") == self.run and "key" in line}
+        lines = (line for line in read_lines(self.folder) if line.get("run") == self.run and "key" in line)
+        self._known: dict[str, dict[str, Any]] = {line["key"]: line for line in lines}
 
     def add(self, task: str, key: str, line: dict[str, Any]) -> None:
         """Writes an answer; it is on its way to the disk when this returns, whatever happens to this process."""
-        if self._known is None:
-            self.reload()
         if task not in self._open:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{task}.{self.rank}.jsonl"
@@ -70,14 +65,16 @@ class AnswerStore:
             file.close()
         self._open.clear()
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        for path in sorted(self.folder.glob("*.jsonl")):
-            with path.open(encoding="utf-8") as file:
-                for text in file:
-                    with contextlib.suppress(ValueError):
-                        line = json.loads(text)
-                        if isinstance(line, dict):
-                            yield line
+
+def read_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """All answers in a folder, of whatever run; a line that a killed process was writing is left out."""
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open(encoding="utf-8") as file:
+            for text in file:
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text)
+                    if isinstance(line, dict):
+                        yield line
 
 
 def _end_last_line(path: Path) -> None:

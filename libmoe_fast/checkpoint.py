@@ -159,10 +159,10 @@ def empty_weights() -> contextlib.AbstractContextManager:
     Where accelerate, which does that, is not installed, the time is spent.
     """
     try:
-        from accelerate import initempty_weights
+        from accelerate import init_empty_weights
     except ImportError:
         return contextlib.nullcontext()
-    return initempty_weights()
+    return init_empty_weights()
 
 
 def leave_out(model: nn.Module, names: Iterable[str]) -> nn.Module:

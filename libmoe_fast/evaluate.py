@@ -26,13 +26,12 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from libmoe_fast import columns, compatibility
-from libmoe_fast.analysis.results import FORMAT, RESULTS, ROUTING, evaluation_folder, read_results
+from libmoe_fast.analysis.results import ANSWERS, FORMAT, RESULTS, ROUTING, evaluation_folder, read_results
 from libmoe_fast.columns import BENCHMARKS, SUITES
 from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, LibMoEError, in_one_line
 from libmoe_fast.files import write_atomically
 
-ANSWERS = "answers"  # format of a line in it; a change makes older answers unread
-ANSWERS_FORMAT = 1
+ANSWERS_FORMAT = 1  # of a line in answers/; a change makes older ones unread
 LONGEST_WAIT = timedelta(days=7)  # for another process's share of a task
 ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 

@@ -82,6 +82,8 @@ def scales_of(model: nn.Module) -> tuple[int, ...]:
 
 def passes(model: nn.Module, name: str) -> int:
     """How often the module called `name` runs in one forward of the model: the scales, inside of the vision tower."""
+    if scales_of(model) == (1,):
+        return 1
     for parent, module in model.named_modules():
         if (hook := multi_scale(module)) is not None and name.startswith(f"{parent}."):
             return len(hook.scales)

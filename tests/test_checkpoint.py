@@ -112,6 +112,14 @@ def test_dtype_and_backend_are_chosen_at_load(dense, tmp_path):
     assert {layer.backend for layer in moe_layers(loaded).values()} == {"reference"}
 
 
+def test_loading_draws_no_weights():
+    """A random start that is overwritten takes minutes at a real model's size; without accelerate it is drawn."""
+    pytest.importorskip("accelerate")
+    with checkpoint.empty_weights():
+        layer = nn.Linear(4, 4)
+    assert layer.weight.is_meta
+
+
 def test_a_reloaded_model_trains(dense, tmp_path):
     save_model(upcycle(copy.deepcopy(dense[0])), tmp_path / "m")
     loaded = load_model(tmp_path / "m").train()

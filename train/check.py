@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -38,12 +38,12 @@ class DataReport:
         return [*self.records.skipped, *self.broken]
 
     def __str__(self) -> str:
-        texts = sum("image" not in record for record in self.records.good)
-        turns = Counter(min(len(record["conversations"]) // 2, 10) for record in self.records.good)
+        number, pictured = len(self.records.good), sum(self.records.good.has_image)
+        text = number - pictured
+        questions = sum(len(record["conversations"]) // 2 for record in self.records.good)
         lines = [
             f"{self.file}: {self.records}",
-            f"  {len(self.records.good) - texts:,} with an image, {texts:,} of text alone; "
-            f"{sum(turns.values()) and sum(n * c for n, c in turns.items()) / sum(turns.values()):.1f} questions each",
+            f"  {pictured:,} with an image, {text:,} of text alone; {questions / number:.1f} questions each",
         ]
         if self.images:
             lines.append(f"  {self.images:,} images decoded, {len(self.broken):,} broken")
@@ -96,15 +96,14 @@ def _decode(report: DataReport, folder: Path, square: bool, workers: int) -> Non
     owners = defaultdict(list)
     for record in report.records.good:
         if "image" in record:
-            owners[record["image"]].append(record)
+            owners[record["image"]].append(name_record(report.file, record["index"], record))
     report.images = len(owners)
     paths = [folder / image for image in owners]
     with ProcessPoolExecutor(max_workers=max(workers, 1)) as pool:
         found = pool.map(_image_problem, paths, repeat(square), chunksize=AT_A_TIME)
         for image, problem in zip(owners, tqdm(found, total=len(paths), desc="Decoding", leave=False), strict=True):
             if problem is not None:
-                names = [name_record(report.file, record["index"], record) for record in owners[image]]
-                report.broken += [f"{name}: {problem}" for name in names]
+                report.broken += [f"{name}: {problem}" for name in owners[image]]
 
 
 def _image_problem(path: Path, square: bool) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ class RecordTable(Sequence[Record]):
     """Records by number, each parsed when it is asked for. An Arrow file, mapped: pages that all processes share."""
 
     def __init__(self, path: Path, rows: np.ndarray | None = None) -> None:
-        self._path, self._rows, self._file = path, rows, None
+        self._path, self._rows = path, rows
         with pa.memory_map(str(path)) as source:
             self._table = pa.ipc.open_file(source).read_all()
 
@@ -55,14 +56,10 @@ class RecordTable(Sequence[Record]):
         return self._column("length").tolist()
 
     def share(self, rows: Sequence[int]) -> RecordTable:
-        """These rows alone, in this order."""
-        part = RecordTable(self._path, np.asarray(rows, dtype=np.int64))
-        part.keep(self._file)
+        """These rows alone, in this order; of the same mapping."""
+        part = object.__new__(RecordTable)
+        part._path, part._table, part._rows = self._path, self._table, np.asarray(rows, dtype=np.int64)
         return part
-
-    def keep(self, file: Any) -> None:
-        """Keeps a temporary file's handle, with which the file goes."""
-        self._file = file
 
     def _column(self, name: str) -> np.ndarray:
         values = self._table[name].to_numpy()
@@ -73,13 +70,16 @@ class TableWriter:
     """Writes records to an Arrow file as they come; as a context manager, `table` is there after it.
 
     Args:
-        path: where to; none given = a temporary file, which is gone when the table is.
+        path: where to; none given = a temporary file, which is unlinked once it is mapped.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        # Open as long as the table is there, which keeps it.
-        self._temporary = tempfile.NamedTemporaryFile(suffix=".arrow") if path is None else None  # noqa: SIM115
-        self._path = Path(self._temporary.name) if path is None else path
+        self._temporary = path is None
+        if path is None:
+            handle, name = tempfile.mkstemp(suffix=".arrow")
+            os.close(handle)
+            path = Path(name)
+        self._path = path
         self._pending: list[tuple[int, bool, int, str]] = []
         self.rows = 0
 
@@ -106,4 +106,5 @@ class TableWriter:
         self._writer.close()
         if kind is None:
             self.table = RecordTable(self._path)
-            self.table.keep(self._temporary)
+        if self._temporary:
+            self._path.unlink()

@@ -7,12 +7,14 @@ A choice takes as many bits as its expert's number needs: for CLIP-L with 4 expe
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from libmoe_fast.analysis.results import ANSWERS
+from libmoe_fast.answers import read_lines
 
 Choices = dict[tuple[str, int], list[np.ndarray]]  # (task, document) -> per layer [tokens, K], best first
 
@@ -54,18 +56,13 @@ def _to_bits(chosen: np.ndarray, num_experts: int) -> np.ndarray:
     return np.unpackbits(chosen.astype(np.uint8).reshape(-1, 1), axis=1)[:, -_width(num_experts) :].ravel()
 
 
-def read_choices(evaluation: Path, run: str | None = None) -> Choices:
-    """The choices in an evaluation's answers; of the run of that name alone, where several are kept there."""
-    found: Choices = {}
-    for file in sorted((evaluation / "answers").glob("*.jsonl")):
-        for text in file.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-                if line.get("choices") and (run is None or line["run"] == run):
-                    found[line["task"], line["document"]] = unpack(line["choices"])
-            except (ValueError, KeyError, TypeError):  # the line a killed run was writing
-                continue
-    return found
+def read_choices(evaluation: Path) -> Choices:
+    """The choices that an evaluation kept with its answers; of a question answered twice, the later ones."""
+    return {
+        (line["task"], line["document"]): unpack(line["choices"])
+        for line in read_lines(evaluation / ANSWERS)
+        if line.get("choices")
+    }
 
 
 def changed(before: Choices, after: Choices, task: str) -> np.ndarray | None:

@@ -45,10 +45,6 @@ class Tally:
         at = len(GATES) - GATES.index(name)
         return [float(gates[-at] / gates[-len(GATES)]) for gates in self.gates]
 
-    def probabilities(self) -> list[np.ndarray]:
-        """Per layer [N]: the gate probability of each expert, on average."""
-        return [gates[: -len(GATES)] / gates[-len(GATES)] for gates in self.gates]
-
 
 @dataclass
 class TaskCounts:

@@ -9,6 +9,7 @@ from typing import Any
 
 RESULTS = "results.json"  # scores by column, and lmms-eval's results in full
 ROUTING = "routing.json"  # analysis.RoutingCounts
+ANSWERS = "answers"  # folder of libmoe_fast.answers
 EXPORTS = "exports"  # of a run: step-N/, the model in the middle of training, each with its own eval/
 FORMAT = 1
 
