@@ -100,9 +100,10 @@ def experts(
     w2 [N, O, H]; b2 [N, O].
     """
     dtype = accumulation_dtype(x.dtype)
+    tokens = x.to(dtype)  # so that the experts' gradients of x, each in its dtype, are summed in this one
     y = x.new_zeros((x.shape[0], w2.shape[1]), dtype=dtype)  # [T, O]
     for e in range(w1.shape[0]):
-        z = F.linear(x, w1[e], None if b1 is None else b1[e])  # [T, H or 2H]
+        z = F.linear(tokens.to(x.dtype), w1[e], None if b1 is None else b1[e])  # [T, H or 2H]
         out = F.linear(activate(z, activation, gated), w2[e], None if b2 is None else b2[e])  # [T, O]
         gate = torch.where(index == e, weights.to(dtype), 0.0).sum(-1, keepdim=True)  # [T, 1]
         y = y + gate * out.to(dtype)

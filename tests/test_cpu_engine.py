@@ -52,6 +52,10 @@ def results(experts, index, tensors, dy, **options):
     return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
+def oracle(x, weights, index, *params, **options):
+    return reference.experts(x, weights, index, *params, **options)
+
+
 def per_expert(x, weights, index, w1, b1, w2, b2, *, activation, gated):
     """What users run today: a loop of F.linear over the experts, in the tensors' own dtype."""
     y = torch.zeros(x.shape[0], w2.shape[1], dtype=x.dtype)
@@ -92,6 +96,28 @@ def test_error_is_pytorchs_own(shape, activation, gated, bias, dtype, gemm):
     for position, (a, b, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
         error, allowed = ((v.double() - truth).norm() / truth.norm() for v in (a, b))
         assert error <= 2 * allowed + 1e-15, f"result {position}: {error:.2e}, PyTorch's own {allowed:.2e}"
+
+
+def test_gradients_leave_float16_where_the_reference_does(gemm):
+    """Each choice's gradient of x is rounded, then their sum: out of range is where one of these is, not where a sum of
+    some of them is, as it happens in a loop over experts.
+    """
+    options, (T, K) = {"activation": "gelu", "gated": False}, (64, 4)
+    index, tensors, dy = problem(T, 100, 400, 100, 8, K, dtype=torch.float16)
+    tensors[2] *= 20
+    dy *= 2000
+    x, weights, *params = (t.double() for t in tensors)
+    alone = [x.repeat_interleave(K, 0), weights.reshape(T * K, 1), *params]
+    choices = results(per_expert, index.reshape(T * K, 1), alone, dy.double().repeat_interleave(K, 0), **options)[1]
+    rounded = torch.cat([choices.view(T, K, -1), choices.view(T, K, -1).sum(1, keepdim=True)], 1).abs()  # [T, K + 1, D]
+    most = torch.finfo(torch.float16).max
+    out, clear = (rounded > most).any(1), ((rounded / most - 1).abs() > 0.01).all(1)  # else rounding decides
+    assert 100 < out.sum() < 1000
+    for backend in (engine, oracle):
+        dx = results(backend, index, tensors, dy, **options)[1]
+        assert torch.equal(~dx.isfinite()[clear], out[clear])
+    loop = results(per_expert, index, tensors, dy, **options)[1]
+    assert not torch.equal(~loop.isfinite()[clear], out[clear])  # so these numbers can tell
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
