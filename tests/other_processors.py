@@ -1,9 +1,9 @@
-"""The CPU engine's tests on the paths that processors with fewer instructions take.
+"""The CPU engine's tests on the paths that other processors take.
 
-    python tests/other_processors.py [pytest's arguments]
+    python tests/other_processors.py [--whole] [pytest's arguments]      --whole: all tests of the suite, not only those
 
-LIBMOE_FAST_CPU_ISA takes instructions away, so one machine shows what others do. A path that this machine takes anyway
-is left to `make test`.
+Two variables take instructions away, so one machine shows what others do. A path that this machine takes anyway is left
+to `make test`.
 """
 
 import os
@@ -13,24 +13,32 @@ from pathlib import Path
 
 import torch
 
-TESTS = ("cpu_engine", "cpu_routing", "ops", "layer")
-# What LIBMOE_FAST_CPU_ISA may say -> the capability of torch's that it takes away.
-CAPS = {"avx2": "avx512_f", "avx512": "avx512_bf16"}
+HERE = Path(__file__).parent
+ENGINE = ("cpu_engine", "cpu_routing", "ops", "layer")
+# A variable and its value -> the capability of torch's that it takes away.
+PATHS = {
+    ("LIBMOE_FAST_CPU_ISA", "avx2"): "avx512_f",
+    ("LIBMOE_FAST_CPU_ISA", "avx512"): "avx512_bf16",
+    ("LIBMOE_FAST_CPU_GEMM", "torch"): "avx2",  # the experts' products, as without tiles: in torch.mm
+}
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     has = torch.cpu.get_capabilities()
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in TESTS]
-    for isa, taken in CAPS.items():
+    whole = "--whole" in arguments
+    rest = [argument for argument in arguments if argument != "--whole"]
+    files = [HERE] if whole else [HERE / f"test_{name}.py" for name in ENGINE]
+    for (variable, value), taken in PATHS.items():
+        path = f"{variable}={value}"
         if not has.get(taken, False):
-            print(f"{isa}: this processor has no {taken}, and takes that path by itself", flush=True)
+            print(f"{path}: this processor has no {taken}, and takes that path by itself", flush=True)
             continue
-        print(f"{isa}: without {taken}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *files, *sys.argv[1:]]
-        if code := subprocess.run(command, env={**os.environ, "LIBMOE_FAST_CPU_ISA": isa}).returncode:
+        print(f"{path}: without {taken}", flush=True)
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *map(str, files), *rest]
+        if code := subprocess.run(command, env={**os.environ, variable: value}).returncode:
             return code
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
