@@ -15,6 +15,7 @@ from libmoe_fast.layer import MoE
 from libmoe_fast.multiscale import use_scales
 from libmoe_fast.ops import available_backends
 from libmoe_fast.routers import ROUTERS, Router, build_router, register_router
+from libmoe_fast.routers_v2 import SharedExpertRouter
 from libmoe_fast.spec import RouterSpec, Routing
 from libmoe_fast.upcycle import (
     RoutingRecorder,
@@ -42,6 +43,7 @@ __all__ = [
     "RouterSpec",
     "Routing",
     "RoutingRecorder",
+    "SharedExpertRouter",
     "aux_loss_disabled",
     "available_backends",
     "build_router",

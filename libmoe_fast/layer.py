@@ -244,12 +244,12 @@ class MoE(nn.Module):
 
     def _log(self, routing: Routing) -> None:
         # A recomputation in backward is no new forward; a tower of several scales has averaged its passes by then.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if not ops.recomputing():
             self.set_statistics(*(None if value is None else value.detach() for value in routing.aux))
 
     def _record(self, routing: Routing, shape: torch.Size) -> None:
         """Appends the detached routing, with the leading shape of x. Recomputation in backward is not a new forward."""
-        if self._records is not None and torch._C._current_graph_task_id() == -1:
+        if self._records is not None and not ops.recomputing():
             self._records.append(Routing(*(t.detach().view(*shape[:-1], t.shape[-1]) for t in routing[:4])))
 
     def share_aux_scale(self) -> None:

@@ -154,6 +154,11 @@ def experts(
     return recomputed(reference.experts, *inputs, **options)  # else N T H numbers and more would be kept
 
 
+def recomputing() -> bool:
+    """Whether this forward is activation checkpointing's, in a backward: it counts nothing again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def recomputed(function: Callable, *inputs, **options):
     """function(*inputs, **options), which keeps only its inputs for backward and runs again there."""
     if not torch.is_grad_enabled():

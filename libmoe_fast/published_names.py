@@ -6,6 +6,7 @@ model.vision_tower.vision_model.*                         vision tower
 model.mm_projector.0, .2                                  multi_modal_projector.linear_1, .linear_2
 *.moelayer.experts.e.fc1|0, .fc2|2                        *.experts.w1, .w2: all e stacked, [N, H, D], [N, O, H]
 *.moelayer.gate, hyper_embedding, hypernet                *.router.weight, .bias, .embedding, .hypernet.*
+*.moelayer.expert_embeddings, inp_reduction (XMoE)        *.router.weight, .projection
 """
 
 import re
@@ -25,6 +26,7 @@ GATE = {
     "hypernet.2.weight": "router.hypernet.w2",
     "hypernet.2.bias": "router.hypernet.b2",
 }
+XMOE_GATE = {"expert_embeddings": "router.weight", "inp_reduction.weight": "router.projection.weight"}
 EXPERT = re.compile(r"experts\.(\d+)\.(fc1|fc2|0|2)\.(weight|bias)")
 NUMBER = {"fc1": "1", "0": "1", "fc2": "2", "2": "2"}
 PROJECTOR = {"0.": "linear_1.", "2.": "linear_2."}
@@ -59,7 +61,7 @@ def our_name(name: str, prefixes: Mapping[str, str]) -> tuple[str, int | None]:
         layer = prefix if theirs == "model.mm_projector." else f"{prefix}{before}mlp."
         if expert := EXPERT.fullmatch(inside):
             return f"{layer}experts.{'w' if expert[3] == 'weight' else 'b'}{NUMBER[expert[2]]}", int(expert[1])
-        return layer + GATE.get(inside, inside), None
+        return layer + (GATE | XMOE_GATE).get(inside, inside), None
     if theirs == "model.mm_projector.":
         rest = next((ours + rest.removeprefix(old) for old, ours in PROJECTOR.items() if rest.startswith(old)), rest)
     return prefix + rest, None
@@ -68,9 +70,10 @@ def our_name(name: str, prefixes: Mapping[str, str]) -> tuple[str, int | None]:
 def their_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     state = model.state_dict()
     prefixes = {ours: theirs for theirs, ours in prefixes_of(state).items()}
-    gate = {ours: theirs for theirs, ours in GATE.items()}
-    linear = {ours: theirs for theirs, ours in PROJECTOR.items()}
     layers = moe_layers(model)
+    gates = GATE | XMOE_GATE if "xmoe" in {layer.router_name for layer in layers.values()} else GATE
+    gate = {ours: theirs for theirs, ours in gates.items()}
+    linear = {ours: theirs for theirs, ours in PROJECTOR.items()}
     for name, tensor in state.items():
         tensor = tensor.contiguous()
         ours = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len)

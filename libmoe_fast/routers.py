@@ -73,7 +73,7 @@ def build_router(name: str, dim: int, num_experts: int, top_k: int, **options) -
     cls = find_router(name)
     check_router_options(name, {o: value for o, value in options.items() if o not in PLACES})
     router = cls(dim, num_experts, top_k, **options)
-    spec = router.spec
+    spec = getattr(router, "routed", router.spec)  # of the experts that are not every token's
     if spec.top_k == 1 < spec.num_experts and spec.weights_sum_to_one:
         warnings.warn(ALWAYS_ONE.format(name=name), stacklevel=2)
     return router
@@ -195,7 +195,9 @@ class CosineRouter(Router):
 
     def forward(self, x: Tensor, **context) -> Routing:
         if self.projection is not None:
-            x = ops.float_linear(x, self.projection.weight)  # [T, proj_dim]
+            x = ops.recomputed(
+                ops.float_linear, x, self.projection.weight
+            )  # [T, proj_dim]; no float32 copy of x is kept
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()
         return ops.route(x, self.weight, self.bias, spec=self.spec, temperature=temperature, **context)
 

@@ -89,6 +89,10 @@ def moe_names(model):
             state[f"{place}.moelayer.hypernet.0.weight"], state[f"{place}.moelayer.hypernet.0.bias"] = net.w1, net.b1
             state[f"{place}.moelayer.hypernet.2.weight"], state[f"{place}.moelayer.hypernet.2.bias"] = net.w2, net.b2
             state[f"{place}.moelayer.gate.weight"] = torch.zeros(layer.experts.num_experts, layer.experts.in_features)
+        elif layer.router_name == "xmoe":  # its base class makes a gate that it never reads
+            state[f"{place}.moelayer.expert_embeddings"] = layer.router.weight
+            state[f"{place}.moelayer.inp_reduction.weight"] = layer.router.projection.weight
+            state[f"{place}.moelayer.gate.weight"] = torch.zeros(layer.experts.num_experts, layer.experts.in_features)
         else:
             state[f"{place}.moelayer.gate.weight"] = layer.router.weight
             if layer.router.bias is not None:
@@ -164,6 +168,29 @@ def test_v2_calls_the_first_layer_norm_and_normalises_sigmoids_by_their_sum(orig
     source = write(tmp_path / "theirs", model, processor, state, **shape)
     convert(source, tmp_path / "ours", version="v2", vision_tower=vision)
     assert torch.equal(logits(load_model(tmp_path / "ours"), processor), logits(model, processor))
+
+
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [("xmoe", "xmoe"), ("smoe_share", "shared_v2"), ("smoe_sharev3", "shared_v3"), ("smoe_tcmoe", "tc_moe")],
+)
+def test_the_routers_of_v2(original, name, router, tmp_path):
+    """A shared expert is the last of theirs, as of ours; XMoE's unread gate is left out, and not written back."""
+    dense, processor, vision = original
+    model = away_from_their_start(upcycle(copy.deepcopy(dense), router=router, num_experts=4, top_k=3))
+    written = moe_names(model)
+    shape = {"moe_name": name, "num_experts": 4, "num_selected": 3}
+    source = write(tmp_path / "theirs", model, processor, written, **shape)
+    report = convert(source, tmp_path / "ours", version="v2", vision_tower=vision)
+    converted = load_model(tmp_path / "ours")
+    assert torch.equal(logits(converted, processor), logits(model, processor))
+    assert ("XMoE never reads it" in str(report)) == (name == "xmoe")
+    convert(tmp_path / "ours", tmp_path / "back", to="libmoe", version="v2")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    unread = {n for n in {*written, *back} if "post_layernorm" in n or (name == "xmoe" and ".gate." in n)}
+    assert back.keys() - unread == written.keys() - unread
+    assert all(torch.equal(back[key], written[key]) for key in back.keys() - unread)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["moe_name"] == name
 
 
 def test_dense_models_are_what_stage_3_takes(original, tmp_path):

@@ -199,7 +199,7 @@ def test_hyper_generates_the_same_gate_in_parts(monkeypatch):
 def test_gates_start_small():
     """N(0, 0.02): the sample deviation of 4 x 1,024 draws lies within 5 sigma = 5 * 0.02 / sqrt(2 * 4,096)."""
     torch.manual_seed(0)
-    for name in libmoe_fast.ROUTERS:
+    for name in libmoe_fast.ROUTERS.keys() - {"xmoe"}:  # whose embeddings have a length of their own
         router = build_router(name, 1024, 4, 2)
         weight = router.hypernet(router.embedding)[0] if name == "hyper" else router.weight
         # hyper's generated gates share a random hidden norm: its spread over 256 units adds 1 / sqrt(256) relative

@@ -1,0 +1,245 @@
+"""The routers that LibMoE's second version adds to its five: XMoE, shared experts, and ternary choices.
+
+They run on the same kernels. What differs from a RouterSpec is made around `ops.route`: a projection before it, an
+always chosen expert after it, signs on its weights.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from libmoe_fast import losses, ops, reference
+from libmoe_fast.errors import ConfigError
+from libmoe_fast.routers import Router, register_router
+from libmoe_fast.spec import (
+    AuxLosses,
+    LossOptions,
+    RouterSpec,
+    Routing,
+    check_choice,
+    check_not_negative,
+    check_positive,
+)
+
+
+@register_router("xmoe")
+class XMoERouter(Router):
+    """Cosine gate on a low-dimensional hypersphere (Chi et al. 2022): p = softmax(norm cos(P x, w_i) / temperature).
+
+    proj_dim: of the learned projection P; None is N / 2 (Chi et al., section 3.2). norm: of the expert embeddings w_i,
+    whatever their length in `weight`. The weights are a softmax of the chosen p, as LibMoE v2 has it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        proj_dim: int | None = None,
+        temperature: float = 0.3,
+        norm: float = 1.5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_positive("temperature", temperature)
+        check_positive("norm", norm)
+        if proj_dim is not None and not (isinstance(proj_dim, int) and proj_dim >= 1):
+            raise ConfigError(f"proj_dim is {proj_dim!r}; it must be at least 1, or None for half the experts")
+        proj_dim = proj_dim or max(num_experts // 2, 1)
+        spec = RouterSpec(num_experts=num_experts, top_k=top_k, gate="softmax")
+        super().__init__(proj_dim, spec, device=device, dtype=dtype)
+        self.projection = nn.Linear(dim, proj_dim, bias=False, device=device, dtype=dtype)
+        self.temperature, self.norm = temperature, norm
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings start at their length, which decides how far a step of an optimiser turns them."""
+        super().reset_parameters()
+        if hasattr(self, "norm"):
+            with torch.no_grad():
+                self.weight.copy_(self.norm * F.normalize(self.weight, dim=-1))
+            self.projection.reset_parameters()
+
+    def forward(self, x: Tensor, **context) -> Routing:
+        x = ops.recomputed(
+            ops.float_linear, x, self.projection.weight
+        )  # [T, proj_dim]; else a float32 copy of x is kept
+        x = F.normalize(x, dim=-1, eps=1e-4)
+        weight = self.norm * F.normalize(self.weight.to(x.dtype), dim=-1)  # [N, proj_dim]
+        return ops.route(x, weight, None, spec=self.spec, temperature=self.temperature, **context)
+
+
+class SharedExpertRouter(Router):
+    """One of the N experts, the last, is every token's; K - 1 of the others are chosen.
+
+    A layer's num_experts and top_k count it, so that the work per token is that of the other routers. Weights:
+
+        mix "mean"   y = (shared + routed) / 2, an upcycled layer equals its dense MLP (LibMoE v2)
+        mix "sum"    y = shared + scale * routed (DeepSeek-AI 2024)
+
+    In records the shared expert has p = 0 and its share of the choices is 1 / K.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, mix: str, scale: float, device=None, dtype=None, **choice
+    ) -> None:
+        check_choice("mix", mix, ("mean", "sum"))
+        check_positive("scale", scale)
+        if num_experts < 2 or top_k < 2:
+            raise ConfigError(
+                f"num_experts is {num_experts} and top_k {top_k}; with a shared expert both are at least 2, as one of "
+                "each is the shared expert"
+            )
+        self.routed = RouterSpec(num_experts=num_experts - 1, top_k=top_k - 1, **choice)
+        super().__init__(dim, self.routed, device=device, dtype=dtype)
+        self.spec = dataclasses.replace(
+            self.routed, num_experts=num_experts, top_k=top_k, gate="sum" if mix == "mean" else "none"
+        )
+        self.mix, self.scale = mix, scale
+
+    def forward(self, x: Tensor, *, loss_options: LossOptions | None = None, **context) -> Routing:
+        routing = ops.route(x, self.weight, self.bias, spec=self.routed, loss_options=loss_options, **context)
+        if loss_options is not None:
+            routing = ops.with_losses(routing, loss_options, self.routed)
+        return self._with_shared(routing)
+
+    def _with_shared(self, routing: Routing) -> Routing:
+        shared, K = self.routed.num_experts, self.spec.top_k
+        routed, own = (0.5, 0.5) if self.mix == "mean" else (self.scale, 1.0)
+        aux = routing.aux
+        if aux is not None:
+            aux = aux._replace(share=torch.cat([aux.share * ((K - 1) / K), aux.share.new_full((1,), 1 / K)]))
+        return Routing(
+            index=F.pad(routing.index, (0, 1), value=shared),  # [T, K]
+            weights=F.pad(routing.weights * routed, (0, 1), value=own),
+            probs=F.pad(routing.probs, (0, 1)),  # [T, N]
+            logits=F.pad(routing.logits, (0, 1), value=float("-inf")),
+            aux=aux,
+        )
+
+
+@register_router("shared_v2")
+class SharedV2Router(SharedExpertRouter):
+    """A shared expert beside a softmax gate over the others (DeepSeek-AI 2024, V2; LibMoE v2's SharedE-V2)."""
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, mix: str = "mean", scale: float = 1.0, device=None, dtype=None
+    ) -> None:
+        super().__init__(dim, num_experts, top_k, mix=mix, scale=scale, device=device, dtype=dtype)
+
+
+@register_router("shared_v3")
+class SharedV3Router(SharedExpertRouter):
+    """A shared expert beside a sigmoid gate, w = p / sum p (DeepSeek-AI 2024, V3; LibMoE v2's SharedE-V3).
+
+    bias_rate: balance without an auxiliary loss (V3, section 2.1.2): experts are chosen by p + b_i, and at every
+    `set_training_progress`, that is at every optimiser step of `libmoe-fast train`, b_i rises by bias_rate where expert
+    i had fewer tokens than the mean since the last, and falls where it had more; all processes count together. V3 took
+    0.001; 0 leaves the biases at zero, as LibMoE does. Set balance_coef to 0 with it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        mix: str = "mean",
+        scale: float = 1.0,
+        bias_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_not_negative("bias_rate", bias_rate)
+        choice = {"probability": "sigmoid", "bias": "selection" if bias_rate else "none"}
+        super().__init__(dim, num_experts, top_k, mix=mix, scale=scale, device=device, dtype=dtype, **choice)
+        self.bias_rate = bias_rate
+        self.load: Tensor | None = None  # [N - 1], tokens of each expert since the last `set_progress`
+        if bias_rate:  # no gradient reaches it, and no optimiser should
+            del self.bias
+            self.register_buffer("bias", torch.zeros(num_experts - 1, device=device))  # [N - 1] float32
+
+    def forward(self, x: Tensor, **context) -> Routing:
+        routing = super().forward(x, **context)
+        if self.bias_rate and self.training and not ops.recomputing():
+            hits = routing.index.unsqueeze(-1) == torch.arange(self.routed.num_experts, device=x.device)  # [T, K, N-1]
+            self.load = hits.sum((0, 1)) + (0 if self.load is None else self.load)
+        return routing
+
+    def set_progress(self, step: int, total: int) -> None:
+        if not self.bias_rate:
+            return
+        load = torch.zeros_like(self.bias, dtype=torch.int64) if self.load is None else self.load
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        # Made anew, not in place: a graph that still waits for its backward may hold it.
+        self.bias = self.bias + self.bias_rate * (load.float().mean() - load).sign()
+        self.load = None
+
+    def _apply(self, fn, recurse=True):
+        """The biases stay in float32: bfloat16 would swallow their steps."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if self.bias_rate and not (bias.is_meta or self.bias.is_meta):
+            self.bias = bias.to(self.bias.device)
+        return self
+
+
+@register_router("tc_moe")
+class TCMoERouter(Router):
+    """Ternary choices (Yan et al. 2025): an expert may be chosen with sign +1 or -1, or nothing may be.
+
+    The gate has 2 N + K slots: N experts, the same N with their outputs negated, and K null slots. p is a softmax of
+    the scores, lowered by 1 for negated experts and by 10 for null slots, so that training starts near an ordinary
+    gate. Weights are p over the sum of the chosen p of experts and of all null p; a null choice has weight 0.
+
+    Losses: balance over the N experts, both signs together, null choices left out; z; and -reward times the mean
+    probability of null slots. An upcycled layer does not start equal to its dense MLP. A null choice still runs an
+    expert, as in LibMoE v2: it saves nothing there either.
+    """
+
+    NEGATED, NULL = -1.0, -10.0
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *, reward: float = 1e-5, device=None, dtype=None
+    ) -> None:
+        check_not_negative("reward", reward)
+        self.slots = RouterSpec(num_experts=2 * num_experts + top_k, top_k=top_k, bias="score", gate="none")
+        super().__init__(dim, dataclasses.replace(self.slots, bias="none"), device=device, dtype=dtype)
+        self.spec = RouterSpec(num_experts=num_experts, top_k=top_k, gate="none")
+        self.reward = reward
+
+    def forward(self, x: Tensor, *, loss_options: LossOptions | None = None, backend: str | None = None) -> Routing:
+        N, K = self.spec.num_experts, self.spec.top_k
+        lowered = x.new_tensor([0.0] * N + [self.NEGATED] * N + [self.NULL] * K, dtype=torch.float32)  # [2 N + K]
+        # The null slots' probability is part of every weight and has to be learned through: fused routing cannot.
+        routing = ops.recomputed(reference.route, x, self.weight, lowered, spec=self.slots)
+        positive, negative, null = routing.probs.split([N, N, K], dim=-1)
+        chosen = routing.index < 2 * N  # [T, K]
+        total = (routing.weights * chosen).sum(-1, keepdim=True) + null.sum(-1, keepdim=True)
+        sign = torch.where(routing.index < N, 1.0, -1.0) * chosen
+        weights = sign * routing.weights / total.clamp_min(1e-6)
+        base = positive + negative  # [T, N]
+        probs = base / base.sum(-1, keepdim=True).clamp_min(torch.finfo(base.dtype).tiny)
+        index = routing.index % N
+        aux = None
+        if loss_options is not None:
+            aux = self._losses(loss_options, index, chosen, probs, null, routing.logits - lowered)
+            if loss_options.aux_scale is not None:
+                weights = ops.attach_aux_loss(weights, aux.total, loss_options.aux_scale)
+        return Routing(index, weights, probs, routing.logits[:, :N], aux)
+
+    def _losses(
+        self, options: LossOptions, index: Tensor, chosen: Tensor, probs: Tensor, null: Tensor, scores: Tensor
+    ) -> AuxLosses:
+        N = self.spec.num_experts
+        counted = torch.where(chosen, index, N)  # null choices are nobody's
+        balance = losses.balance_loss(probs, counted, sequences=options.sequences, over=options.over)
+        z = losses.z_loss(scores)
+        reward = self.reward * null.sum(-1).mean() if null.shape[0] else null.sum()
+        hits = counted.unsqueeze(-1) == torch.arange(N, device=index.device)  # [T, K, N]
+        share = hits.sum((0, 1)) / hits.sum().clamp_min(1)
+        return AuxLosses(options.balance_coef * balance + options.z_coef * z - reward, balance, z, share)
