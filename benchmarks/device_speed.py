@@ -109,7 +109,7 @@ def product_sides(launch: Launch, shape: Shape) -> tuple[int, int, int]:
     return {
         "up": (rows, D, up_rows),
         "down": (rows, H, O),
-        "dz": (rows, O, H),
+        "da": (rows, O, H),
         "dx": (rows, up_rows, D),
         "dw1": (up_rows, rows, D),
         "dw2": (O, rows, H),

@@ -143,11 +143,11 @@ def measurement(name: str, about: str, seconds: int) -> Step:
 
 
 def profile() -> Step:
-    """Five kernels under Nsight Compute, at the clocks that the GPU chooses."""
+    """Kernels of the experts under Nsight Compute, at the clocks that the GPU chooses."""
 
     def command(place: Place) -> list[str]:
         sections = [part for name in ("SpeedOfLight", "Occupancy", "LaunchStats") for part in ("--section", name)]
-        kernels = ["--kernel-name", "regex:^(up|down|dz|dx|weight_grad)_kernel", "--launch-count", "12"]
+        kernels = ["--kernel-name", "regex:^(up|down|back|dz|weight_grad)_kernel", "--launch-count", "12"]
         profiled = [*python("libmoe_fast.benchmarks.device_speed"), "once"]
         return ["ncu", "--clock-control", "none", *kernels, *sections, *profiled]
 

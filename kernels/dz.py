@@ -1,37 +1,37 @@
-"""The gradient at the pre-activation, over rows sorted by expert, with what else follows from z in the same pass.
+"""Back through the activation, over rows sorted by expert: all that follows from z, in one pass over it.
 
-    dy [T, O] gathered in the load, W2 [N, O, H] -> g = dy W2; from z: dz, w a [T*K, H], parts of dw [T*K, column tiles]
+    da [T*K, H], z, gate weights w -> dz [T*K, H or 2H], w a [T*K, H] (for dW2), dw [T, K]
 
-Persistent, like the other grouped GEMMs (grouped_gemm.py).
+A pass of its own, bound by memory: as the epilogue of da's GEMM it took longer, since nothing ran beside it, and its
+registers allowed small tiles only.
 """
 
 import triton
 import triton.language as tl
 
 from .last_round import lower
-from .primitives import activate, activation_slope, cast, count_row_tiles, find_row_tile, gemm_jit, swizzle
-from .products import columns, product
+from .primitives import INTERPRETED, activate, activation_slope, cast
 
-# Columns of a tile that the epilogue takes at a time, so that registers suffice on sm90 under every Triton tried.
-DZ_COLUMNS = tl.constexpr(16)
+# Rows of a program, and columns of a step at most. Interpreted, programs cost by their number, and columns are few.
+DZ_ROWS, DZ_COLUMNS = tl.constexpr(16 if INTERPRETED else 1), 64 if INTERPRETED else 1024
 
 
-@gemm_jit
+@triton.jit
 def dz_kernel(
+    da_ptr,
+    z_ptr,
     dy_ptr,
-    w2,
     b2_ptr,
     weights_ptr,
     order_ptr,
     offsets_ptr,
-    z_ptr,
     dz_ptr,
     wa_ptr,
-    dw_parts_ptr,
+    dweights_ptr,
     flags_ptr,
+    ROWS,
     H,
     O,
-    rows_log2,
     N: tl.constexpr,
     NP: tl.constexpr,
     K: tl.constexpr,
@@ -40,117 +40,44 @@ def dz_kernel(
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     FLAGS: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):
-    """g = dy W2; from z: a = act(z), dz = w g act'(z), w a (for dW2), and the tile's part of dw = <g, a> + <dy, b2>.
-
-    No forward GEMM runs again: <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>. dw_parts [T*K, column tiles] are added up, in
-    order, by dx_kernel.
-    """
-    lower(flags_ptr, FLAGS)  # for dx
-    # As many pieces of z as there are registers for; the error function takes many.
-    SIZE: tl.constexpr = z_ptr.dtype.element_ty.primitive_bitwidth // 16
-    AHEAD: tl.constexpr = min(BN // DZ_COLUMNS, (2 if GATED or ACTIVATION == "gelu" else 8) // SIZE)
-    row_tiles = count_row_tiles(offsets_ptr, N, NP, BM)
-    column_tiles = tl.cdiv(H, BN)
-    for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = swizzle(tile, row_tiles, column_tiles, GROUP)
-        expert, first, stop = find_row_tile(row_tile, offsets_ptr, N, NP, BM)
-        row = tl.arange(0, BM)
-        live = first + row < stop
-        choice = tl.load(order_ptr + first + row, mask=live, other=0)  # int64 [BM]
-        tokens = choice // K
-        w = tl.load(weights_ptr + choice, mask=live, other=0.0)  # [BM]
-        h0 = column_tile * BN
-
-        # z is on its way while the product runs: else every piece of the epilogue would wait for memory.
-        ahead = ()
-        for i in tl.static_range(AHEAD):
-            ahead += (z_columns(z_ptr, first, row, live, h0 + i * DZ_COLUMNS, H, GATED, DZ_COLUMNS),)
-        g = tl.zeros((BM, BN), tl.float32)
-        g = product(g, dy_ptr, tokens, live, w2, expert, h0, O, H, 0, O, False, DESCRIPTOR, PRECISION, BN, BK)
-        pieces = columns(g, BM, BN, DZ_COLUMNS)
-        dw = tl.zeros((BM,), tl.float32)
-        for i in tl.static_range(BN // DZ_COLUMNS):
-            h = h0 + i * DZ_COLUMNS
-            if i + AHEAD < BN // DZ_COLUMNS:
-                ahead += (z_columns(z_ptr, first, row, live, h + AHEAD * DZ_COLUMNS, H, GATED, DZ_COLUMNS),)
-            z, up = ahead[i]
-            dw += dz_epilogue(
-                pieces[i], z, up, first, row, live, w, h, dz_ptr, wa_ptr, H, ACTIVATION, FAST, GATED, DZ_COLUMNS
-            )
-        if BIAS:
-            if column_tile == 0:
-                dw += rows_dot(dy_ptr, tokens, live, b2_ptr + expert * O, O, BM, BK)
-        tl.store(dw_parts_ptr + (first + row) * column_tiles + column_tile, dw, mask=live)
-
-
-@triton.jit
-def z_columns(z_ptr, first, row, live, h0, H, GATED: tl.constexpr, BH: tl.constexpr):
-    """z (and up) [BM, BH] as they were stored, columns h0..h0+BH of the rows from `first`."""
-    H1 = H * 2 if GATED else H
-    h = h0 + tl.arange(0, BH)
-    at = z_ptr + first * H1 + row[:, None] * H1 + h[None, :]
-    mask = live[:, None] & (h[None, :] < H)
-    z = tl.load(at, mask=mask, other=0.0)
-    up = z
-    if GATED:
-        up = tl.load(at + H, mask=mask, other=0.0)
-    return z, up
-
-
-@triton.jit
-def dz_epilogue(
-    g,
-    z,
-    up,
-    first,
-    row,
-    live,
-    w,
-    h0,
-    dz_ptr,
-    wa_ptr,
-    H,
-    ACTIVATION: tl.constexpr,
-    FAST: tl.constexpr,
-    GATED: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Stores dz and w a for g [BM, BH], columns h0..h0+BH of the rows from `first`; returns <g, a> [BM] over them."""
+    """a = act(z), dz = w da act'(z), w a, and dw = <da, a> + <dy, b2>; wa may be da's memory.
+
+    No forward GEMM runs again: <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>.
+    """
+    lower(flags_ptr, FLAGS)  # for dx
     H1 = H * 2 if GATED else H
-    h = h0 + tl.arange(0, BH)
-    mask = live[:, None] & (h[None, :] < H)
-    at = row[:, None] * H1 + h[None, :]  # int32: inside the tile's rows
-    dz_tile = dz_ptr + first * H1
-    z = z.to(tl.float32)
-    g = tl.where(mask, g, 0.0)
-    a = activate(z, ACTIVATION, FAST)
-    dz = w[:, None] * g * activation_slope(z, ACTIVATION, FAST)
-    if GATED:
-        up = up.to(tl.float32)
-        tl.store(dz_tile + H + at, cast(w[:, None] * g * a, dz_ptr.dtype.element_ty), mask=mask)
-        dz = dz * up
-        a = a * up
-    tl.store(dz_tile + at, cast(dz, dz_ptr.dtype.element_ty), mask=mask)
-    wa_tile = wa_ptr + first * H
-    tl.store(wa_tile + row[:, None] * H + h[None, :], cast(w[:, None] * a, wa_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(g * a, 1)
-
-
-@triton.jit
-def rows_dot(a_ptr, a_rows, live, vector_ptr, C, BM: tl.constexpr, BK: tl.constexpr):
-    """<A[a_rows], vector> [BM] in float32."""
-    total = tl.zeros((BM,), tl.float32)
-    for k0 in range(0, C, BK):
-        k = k0 + tl.arange(0, BK)
-        a = tl.load(a_ptr + a_rows[:, None] * C + k[None, :], mask=live[:, None] & (k[None, :] < C), other=0.0)
-        vector = tl.load(vector_ptr + k, mask=k < C, other=0.0)
-        total += tl.sum(a.to(tl.float32) * vector.to(tl.float32)[None, :], 1)
-    return total
+    row = tl.program_id(0).to(tl.int64) * DZ_ROWS + tl.arange(0, DZ_ROWS)
+    live = row < ROWS
+    choice = tl.load(order_ptr + row, mask=live, other=0)  # int64 [DZ_ROWS]
+    w = tl.load(weights_ptr + choice, mask=live, other=0.0)[:, None]
+    dw = tl.zeros((DZ_ROWS, BH), tl.float32)
+    for h0 in range(0, H, BH):
+        h = h0 + tl.arange(0, BH)
+        mask = live[:, None] & (h[None, :] < H)
+        at = row[:, None] * H + h[None, :]
+        at1 = row[:, None] * H1 + h[None, :]
+        da = tl.load(da_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + at1, mask=mask, other=0.0).to(tl.float32)
+        a = activate(z, ACTIVATION, FAST)
+        dz = w * da * activation_slope(z, ACTIVATION, FAST)
+        if GATED:
+            up = tl.load(z_ptr + at1 + H, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dz_ptr + at1 + H, cast(w * da * a, dz_ptr.dtype.element_ty), mask=mask)
+            dz = dz * up
+            a = a * up
+        tl.store(dz_ptr + at1, cast(dz, dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(wa_ptr + at, cast(w * a, wa_ptr.dtype.element_ty), mask=mask)
+        dw += da * a
+    if BIAS:
+        e = tl.arange(0, NP)
+        stops = tl.load(offsets_ptr + e + 1, mask=e < N, other=ROWS)
+        expert = tl.sum((stops[None, :] <= row[:, None]).to(tl.int32), 1)
+        for o0 in range(0, O, BH):
+            o = o0 + tl.arange(0, BH)
+            mask = live[:, None] & (o[None, :] < O)
+            dy = tl.load(dy_ptr + (choice // K)[:, None] * O + o[None, :], mask=mask, other=0.0)
+            b2 = tl.load(b2_ptr + expert[:, None] * O + o[None, :], mask=mask, other=0.0)
+            dw += dy.to(tl.float32) * b2.to(tl.float32)
+    tl.store(dweights_ptr + choice, tl.sum(dw, 1), mask=live)

@@ -1,7 +1,7 @@
 """The experts, forward and backward, on plain tensors.
 
-    experts           up, down, combine     3 launches
-    experts_backward  dz, dW2, dW1, dxs     4
+    experts           up, down, combine         3 launches
+    experts_backward  da, dz, dW2, dW1, dxs     5
 
 Forward keeps x, the pre-activation z and the permutation; backward runs no forward GEMM again (see dz_kernel).
 """
@@ -16,10 +16,10 @@ from libmoe_fast.errors import ConfigError
 
 from .combine import combine_kernel
 from .dispatch import Permuted
-from .dz import dz_kernel
-from .grouped_gemm import down_kernel, dx_kernel, up_kernel
+from .dz import DZ_COLUMNS, DZ_ROWS, dz_kernel
+from .grouped_gemm import back_kernel, down_kernel, up_kernel
 from .primitives import INTERPRETED
-from .run import architecture, cdiv, descriptors_usable, next_power_of_2, processors, run, shared_round, tile_columns
+from .run import architecture, cdiv, descriptors_usable, next_power_of_2, processors, run, shared_round
 from .tiles import PRECISIONS
 from .weight_grad import DB_COLUMNS, weight_grad_kernel
 
@@ -139,56 +139,74 @@ def experts_backward(
     rows, H1, device = T * K, expert.w1.shape[1], x.device
     descriptor = descriptors_usable(device, expert.w1, expert.w2)
     shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
-    dz, wa = torch.empty_like(z), x.new_empty(rows, H)
-    gemm = "dz_gated" if expert.gated else "dz"
-    parts = cdiv(H, tile_columns(gemm, expert.w2, shared["PRECISION"]))
-    dw_parts = torch.empty(rows, parts, dtype=torch.float32, device=device)
+    # Without w, da leaves float16's range sooner than the gradients that a user sees.
+    da = torch.empty(rows, H, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=device)
     last_round = shared_round("dx", expert.w1, shared["PRECISION"])
+    scratch = {"slots_ptr": last_round.slots, "flags_ptr": last_round.flags}
+    run(
+        back_kernel,
+        persistent(rows, N, H, device),
+        "da",
+        rows_ptr=dy,
+        w=expert.w2,
+        order_ptr=permuted.order,
+        out_ptr=da,
+        M=O,
+        C=H,
+        K=K,
+        GATHER=True,
+        **scratch,
+        **shared,
+    )
+    dz, dweights = torch.empty_like(z), torch.empty_like(weights)
+    wa = da if da.dtype == x.dtype else x.new_empty(rows, H)
     run(
         dz_kernel,
-        persistent(rows, N, H, device),
-        gemm,
+        (cdiv(rows, DZ_ROWS.value),),
+        device=device,
+        da_ptr=da,
+        z_ptr=z,
         dy_ptr=dy,
-        w2=expert.w2,
         b2_ptr=expert.b2,
         weights_ptr=weights,
         order_ptr=permuted.order,
-        z_ptr=z,
+        offsets_ptr=permuted.offsets,
         dz_ptr=dz,
         wa_ptr=wa,
-        dw_parts_ptr=dw_parts,
+        dweights_ptr=dweights,
         flags_ptr=last_round.flags,
+        ROWS=rows,
         H=H,
         O=O,
+        N=N,
+        NP=shared["NP"],
         K=K,
         ACTIVATION=expert.activation,
         FAST=fast_sigmoid(x),
         GATED=expert.gated,
         BIAS=expert.b2 is not None,
         FLAGS=last_round.flags.shape[0],
-        **shared,
+        BH=min(next_power_of_2(H), DZ_COLUMNS),
+        num_warps=4,
     )
     dw1 = db1 = dw2 = db2 = None
     if weight_grads:
         dw2, db2 = weight_grad("dw2", dy, wa, weights, permuted, like=(expert.w2, expert.b2))
-        dw1, db1 = weight_grad("dw1", dz, x, None, permuted, like=(expert.w1, expert.b1), top_k=K)
-    dxs, dweights = x.new_empty(rows, D), torch.empty_like(weights)
+        dw1, db1 = weight_grad("dw1", x, dz, weights, permuted, like=(expert.w1, expert.b1))
+    dxs = x.new_empty(rows, D)
     run(
-        dx_kernel,
+        back_kernel,
         persistent(rows, N, D, device),
         "dx",
-        dz_ptr=dz,
-        w1=expert.w1,
-        order_ptr=permuted.order,
-        dw_parts_ptr=dw_parts,
-        dx_ptr=dxs,
-        dweights_ptr=dweights,
-        slots_ptr=last_round.slots,
-        flags_ptr=last_round.flags,
-        D=D,
-        H1=H1,
-        PARTS=parts,
-        PARTS_P=next_power_of_2(parts),
+        rows_ptr=dz,
+        w=expert.w1,
+        order_ptr=None,
+        out_ptr=dxs,
+        M=H1,
+        C=D,
+        K=K,
+        GATHER=False,
+        **scratch,
         **shared,
     )
     return ExpertGrads(dxs, dweights, dw1, db1, dw2, db2)
@@ -196,34 +214,34 @@ def experts_backward(
 
 def weight_grad(
     gemm: str,
-    left: Tensor,
-    right: Tensor,
-    weights: Tensor | None,
+    tokens: Tensor,
+    ordered: Tensor,
+    weights: Tensor,
     permuted: Permuted,
     *,
     like: tuple[Tensor, Tensor | None],
-    top_k: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dw [N, M, C] = left^T right per expert, db [N, M] = sums of left, times `weights` [T, K] if given.
+    """dw, db like the weight [N, M, C] and bias [N, M], from tokens [T, ..] and sorted choices [T*K, ..].
 
-    The rows of the left in "dw2", of the right in "dw1", are tokens [T, ..]; the other's are sorted choices [T*K, ..].
+    "dw2": tokens^T ordered, and sums of tokens times `weights` [T, K]; "dw1": ordered^T tokens, and sums of ordered.
     """
     dw, db = torch.empty_like(like[0]), None if like[1] is None else torch.empty_like(like[1])
     N, M, C = dw.shape
+    transposed = gemm == "dw1"
 
     def grid(meta: dict) -> tuple:
         programs = 0 if db is None else cdiv(M, DB_COLUMNS.value)
-        return (programs + cdiv(M, meta["BM"]) * cdiv(C, meta["BN"]), N)
+        return (programs + cdiv(tokens.shape[1], meta["BM"]) * cdiv(ordered.shape[1], meta["BN"]), N)
 
     run(
         weight_grad_kernel,
         grid,
         gemm,
-        device=left.device,
-        itemsize=left.element_size(),
-        left=left,
-        right=right,
-        terms_ptr=left,
+        device=tokens.device,
+        itemsize=tokens.element_size(),
+        tokens_ptr=tokens,
+        ordered=ordered,
+        terms_ptr=ordered if transposed else tokens,
         weights_ptr=weights,
         order_ptr=permuted.order,
         offsets_ptr=permuted.offsets,
@@ -232,12 +250,11 @@ def weight_grad(
         M=M,
         C=C,
         rows_log2=rows_log2(permuted),
-        K=top_k or weights.shape[1],
-        GATHER_LEFT=gemm == "dw2",
-        WEIGH_BIAS=weights is not None,
+        K=weights.shape[1],
+        TRANSPOSED=transposed,
         BIAS=db is not None,
-        DESCRIPTOR=descriptors_usable(left.device, left if gemm == "dw1" else right),
-        PRECISION=precision(left),
+        DESCRIPTOR=descriptors_usable(tokens.device, ordered),
+        PRECISION=precision(tokens),
     )
     return dw, db
 

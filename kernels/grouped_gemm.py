@@ -2,22 +2,23 @@
 
     up     x [T, D] gathered in the load, W1 [N, H, D], b1 -> z = x W1^T + b1, a = act(z)      [T*K, H]
     down   a [T*K, H], W2 [N, O, H], b2                    -> y = a W2^T + b2                  [T*K, O]
-    dx     dz [T*K, H], W1                                 -> dxs = dz W1                      [T*K, D]
+    back   dy [T, O] gathered in the load, W2              -> da = dy W2                       [T*K, H]
+           dz [T*K, H], W1                                 -> dxs = dz W1                      [T*K, D]
 
-dz, between them, is in dz.py. Persistent: programs walk over tiles (row tile, column tile), so an expert boundary costs
-a partly empty tile and never another expert's K-loop. In down and dx, whose tiles are few and deep, the programs share
-the depth of what the last round leaves (last_round.py).
+dz, between the last two, is in dz.py. Persistent: programs walk over tiles (row tile, column tile), so an expert
+boundary costs a partly empty tile and never another expert's K-loop. In down and dx, whose tiles are few and deep, the
+programs share the depth of what the last round leaves (last_round.py).
 """
 
 import triton
 import triton.language as tl
 
-from .last_round import finish, lower, part_of_depth, part_of_tile, split_last_round
+from .last_round import finish, lower, part_of_depth, part_of_tile, split_last_round, store_columns
 from .primitives import activate, cast, count_row_tiles, find_row_tile, gemm_jit, swizzle
 from .products import columns, product, starting_at, two_products
 
-# Columns of a tile that an epilogue takes at a time, so that registers suffice on sm90 under every Triton tried.
-UP_COLUMNS = tl.constexpr(32)
+# Columns of a tile that an epilogue takes at a time (of back, where da is float32), so that registers suffice on sm90 under every Triton tried.
+UP_COLUMNS, BACK_COLUMNS = tl.constexpr(32), tl.constexpr(128)
 
 
 @gemm_jit
@@ -164,23 +165,21 @@ def down_kernel(
 
 
 @gemm_jit
-def dx_kernel(
-    dz_ptr,
-    w1,
+def back_kernel(
+    rows_ptr,
+    w,
     order_ptr,
     offsets_ptr,
-    dw_parts_ptr,
-    dx_ptr,
-    dweights_ptr,
+    out_ptr,
     slots_ptr,
     flags_ptr,
-    D,
-    H1,
+    M,
+    C,
     rows_log2,
-    PARTS: tl.constexpr,
-    PARTS_P: tl.constexpr,
     N: tl.constexpr,
     NP: tl.constexpr,
+    K: tl.constexpr,
+    GATHER: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -189,29 +188,31 @@ def dx_kernel(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """dxs = dz W1 for every choice; its first column of tiles also adds up dw_parts into dweights [T, K]."""
+    """out = rows W for every choice, W [N, M, C]. Rows are tokens', or sorted; then tiles share the last round."""
+    WIDE: tl.constexpr = min(BN, BACK_COLUMNS)
     row_tiles = count_row_tiles(offsets_ptr, N, NP, BM)
-    column_tiles = tl.cdiv(D, BN)
-    whole, parts, items = split_last_round(row_tiles * column_tiles, H1, BK)
+    column_tiles = tl.cdiv(C, BN)
+    tiles = row_tiles * column_tiles
+    whole, parts, items = tiles, 1, tiles
+    if not GATHER:
+        whole, parts, items = split_last_round(tiles, M, BK)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile, part, of = part_of_tile(item, whole, parts)
         row_tile, column_tile = swizzle(tile, row_tiles, column_tiles, GROUP)
         expert, first, stop = find_row_tile(row_tile, offsets_ptr, N, NP, BM)
         row = tl.arange(0, BM)
         live = first + row < stop
-        d0 = column_tile * BN
-        h0, h1 = part_of_depth(part, of, H1, BK)
-        dx = tl.zeros((BM, BN), tl.float32)
-        dx = product(
-            dx, dz_ptr + first * H1, row, live, w1, expert, d0, H1, D, h0, h1, False, DESCRIPTOR, PRECISION, BN, BK
-        )
-        finish(dx, dx_ptr + first * D, row, live, d0, D, part, of, slots_ptr, flags_ptr, BM, BN)
-        if (column_tile == 0) & (part == 0):
-            n = tl.arange(0, PARTS_P)
-            terms = tl.load(
-                dw_parts_ptr + first * PARTS + row[:, None] * PARTS + n[None, :],
-                mask=live[:, None] & (n[None, :] < PARTS),
-                other=0.0,
-            )
-            choice = tl.load(order_ptr + first + row, mask=live, other=0)
-            tl.store(dweights_ptr + choice, tl.sum(terms, 1), mask=live)
+        c0 = column_tile * BN
+        m0, m1 = part_of_depth(part, of, M, BK)
+        source, source_row = rows_ptr + first * M, row
+        if GATHER:
+            source = rows_ptr
+            source_row = tl.load(order_ptr + first + row, mask=live, other=0) // K  # int64 [BM]
+        out = tl.zeros((BM, BN), tl.float32)
+        out = product(out, source, source_row, live, w, expert, c0, M, C, m0, m1, False, DESCRIPTOR, PRECISION, BN, BK)
+        if GATHER:
+            pieces = columns(out, BM, BN, WIDE)
+            for i in tl.static_range(BN // WIDE):
+                store_columns(pieces[i], out_ptr + first * C, row, live, c0 + i * WIDE + tl.arange(0, WIDE), C)
+        else:
+            finish(out, out_ptr + first * C, row, live, c0, C, part, of, slots_ptr, flags_ptr, BM, BN)

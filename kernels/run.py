@@ -263,11 +263,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tile_columns(gemm: str, weight: Tensor, precision: str) -> int:
-    """BN of a GEMM with a weight [N, rows, columns], whose candidates all share it."""
-    return _weight_tiles(gemm, weight, precision)[0].BN
-
-
 def _weight_tiles(gemm: str, weight: Tensor, precision: str) -> tuple[Tile, ...]:
     """The candidates of a GEMM with a weight, before it is launched."""
     return candidates(architecture(weight.device), gemm, weight.element_size(), precision, weight.shape[1:])

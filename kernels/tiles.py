@@ -14,7 +14,7 @@ PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32 operands, by falling accur
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """BM rows (tokens, or weight rows in dw1 and dw2) x BN columns, BK deep; GROUP row tiles share the L2.
+    """BM rows (tokens, or tokens' columns in dw1 and dw2) x BN columns, BK deep; GROUP row tiles share the L2.
 
     programs: of a persistent kernel, per multiprocessor; with two, one's epilogue runs beside the other's products.
     experts: for at most so many; with more, the search for a tile's expert takes registers that it needs itself.
@@ -47,11 +47,10 @@ class Tile:
         return f"{self.BM}x{self.BN}x{self.BK} w{self.warps} s{self.stages}{twice}"
 
 
-GEMMS = ("up", "up_gated", "down", "dz", "dz_gated", "dx", "dw1", "dw2")
+GEMMS = ("up", "up_gated", "down", "da", "dx", "dw1", "dw2")
 
-# Candidates, best guess first. All dz candidates of a row share BN: the parts of dw are laid out by it.
+# Candidates, best guess first.
 _WIDE = Tile(BM=128, BN=256, BK=64, stages=3)
-_TALL = Tile(BM=256, BN=128, BK=64, stages=3)
 _SQUARE = Tile(BM=128, BN=128, BK=64, stages=3)
 _SMALL = Tile(BM=64, BN=128, BK=64, warps=4, stages=3)
 _NARROW = Tile(BM=128, BN=64, BK=64, stages=3)
@@ -70,8 +69,6 @@ TILES: dict[str, dict[str, Row]] = {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
             "up_gated": (_NARROW,),
-            "dz": (_SQUARE,),
-            "dz_gated": (_SQUARE,),
             **dict.fromkeys(
                 ("dw1", "dw2"),
                 (Tile(BM=128, BN=128, BK=32, stages=4), Tile(BM=64, BN=128, BK=32, warps=4, stages=4)),
@@ -80,28 +77,23 @@ TILES: dict[str, dict[str, Row]] = {
         "tf32": {
             **dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
             "up_gated": (_NARROW_32,),
-            "dz": (_SQUARE_32,),
-            "dz_gated": (_NARROW_32,),
             "dw1": (_SQUARE_32,),
             "dw2": (_SQUARE_32,),
         },
         "tf32x3": {**_TF32X3, "up_gated": (Tile(BM=64, BN=64, BK=16, stages=2),)},
         "ieee": _IEEE,
     },
-    # A gated up holds two accumulators at once, dz an epilogue's worth of registers: no wide tiles for them.
+    # A gated up holds two accumulators at once: no wide tiles for it.
     "sm90": {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_WIDE, _SQUARE, _SMALL_TWICE)),
             "up": (replace(_WIDE, erf=False), _SQUARE, _SMALL_TWICE),
             "up_gated": (_SQUARE, _SMALL_TWICE),
-            "dz": (replace(_SMALL_TWICE, stages=4), replace(_SQUARE, stages=4)),
-            "dz_gated": (_SMALL_TWICE, _SQUARE),
-            **dict.fromkeys(("down", "dx"), (replace(_WIDE, experts=128), _SQUARE, _SMALL_TWICE)),
+            **dict.fromkeys(("down", "da", "dx"), (replace(_WIDE, experts=128), _SQUARE, _SMALL_TWICE)),
             # Five stages are three buffers of operands, and the rows two steps ahead.
-            "dw1": (replace(_TALL, stages=5), _SQUARE),
-            "dw2": (replace(_WIDE, stages=5), _SQUARE),
+            **dict.fromkeys(("dw1", "dw2"), (replace(_WIDE, stages=5), _SQUARE)),
         },
-        "tf32": {**dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)), "dz_gated": (_NARROW_32,)},
+        "tf32": dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
         "tf32x3": _TF32X3,
         "ieee": _IEEE,
     },
@@ -109,10 +101,9 @@ TILES: dict[str, dict[str, Row]] = {
     "sm100": {
         "16-bit": {
             **dict.fromkeys(GEMMS, (_SQUARE, _SMALL)),
+            "da": (_SQUARE, replace(_SMALL, experts=128)),
             "up": (_SQUARE,),
             "up_gated": (_SQUARE,),
-            "dz": (_SQUARE,),
-            "dz_gated": (_NARROW,),
             "dw1": (_WIDE, _SQUARE),
             "dw2": (_WIDE, _SQUARE),
         },
@@ -121,8 +112,8 @@ TILES: dict[str, dict[str, Row]] = {
             "up": (Tile(BM=64, BN=64, BK=32, stages=2),),
             "up_gated": (_NARROW_32,),
             "down": (_NARROW_32,),
-            "dz_gated": (_NARROW_32,),
-            "dx": (_SMALL_32,),
+            "da": (_SMALL_32,),
+            "dx": (_NARROW_32,),
             "dw1": (_SMALL_32,),
             "dw2": (_SMALL_32,),
         },
@@ -131,15 +122,9 @@ TILES: dict[str, dict[str, Row]] = {
     },
     # 64 KiB of shared memory; two stages are one buffer there. Its matrix units take float32 as it is.
     "gfx942": {
-        "16-bit": {
-            **dict.fromkeys(GEMMS, (Tile(BM=128, BN=128, BK=64, stages=2), Tile(BM=64, BN=128, BK=64, stages=2))),
-            "dz_gated": (Tile(BM=64, BN=128, BK=64, stages=2),),
-        },
+        "16-bit": dict.fromkeys(GEMMS, (Tile(BM=128, BN=128, BK=64, stages=2), Tile(BM=64, BN=128, BK=64, stages=2))),
         "tf32": dict.fromkeys(GEMMS, (Tile(BM=128, BN=64, BK=32, stages=2),)),
-        "ieee": {
-            **dict.fromkeys(GEMMS, (Tile(BM=128, BN=64, BK=32, stages=2), Tile(BM=64, BN=64, BK=16, stages=2))),
-            "dz_gated": (Tile(BM=64, BN=64, BK=16, stages=2),),
-        },
+        "ieee": dict.fromkeys(GEMMS, (Tile(BM=128, BN=64, BK=32, stages=2), Tile(BM=64, BN=64, BK=16, stages=2))),
     },
 }
 # Where a row is no multiple of 16 long, the compiler cannot tell that neighbours may be loaded at once: each element
@@ -156,9 +141,9 @@ ODD_TILES: dict[str, dict[str, dict[str, Tile]]] = {
         "ieee": _ODD_IEEE | dict.fromkeys(("dw1", "dw2"), Tile(BM=32, BN=32, BK=16, stages=2)),
     },
     "sm100": {
-        "16-bit": _ODD | {"dx": Tile(BM=64, BN=32, BK=32, stages=2)},
+        "16-bit": _ODD | {"dx": _ODD_16["dx"]},
         "tf32": _ODD,
-        "tf32x3": _ODD,
+        "tf32x3": _ODD | {"dx": _ODD_16["dx"]},
         "ieee": _ODD_IEEE,
     },
     "gfx942": dict.fromkeys(("16-bit", *PRECISIONS), _ODD),
@@ -198,11 +183,10 @@ DESCRIPTORS = {
     "up": ("w1", ("BN", "BK")),
     "up_gated": ("w1", ("BN", "BK")),
     "down": ("w2", ("BN", "BK")),
-    "dz": ("w2", ("BK", "BN")),
-    "dz_gated": ("w2", ("BK", "BN")),
-    "dx": ("w1", ("BK", "BN")),
-    "dw1": ("left", ("BK", "BM")),
-    "dw2": ("right", ("BK", "BN")),
+    "da": ("w", ("BK", "BN")),
+    "dx": ("w", ("BK", "BN")),
+    "dw1": ("ordered", ("BK", "BN")),
+    "dw2": ("ordered", ("BK", "BN")),
 }
 
 # What a tuned choice depends on: the arguments of the kernel that fix its work per row, and about how many rows it has.
@@ -210,9 +194,8 @@ TUNING_KEYS = {
     "up": ["D", "H", "N", "K", "rows_log2"],
     "up_gated": ["D", "H", "N", "K", "rows_log2"],
     "down": ["H", "O", "N", "rows_log2"],
-    "dz": ["H", "O", "N", "K", "rows_log2"],
-    "dz_gated": ["H", "O", "N", "K", "rows_log2"],
-    "dx": ["D", "H1", "N", "rows_log2"],
+    "da": ["M", "C", "N", "K", "rows_log2"],
+    "dx": ["M", "C", "N", "rows_log2"],
     "dw1": ["M", "C", "rows_log2"],
     "dw2": ["M", "C", "rows_log2"],
 }

@@ -56,9 +56,9 @@ OUTPUTS = {
     "up": ("z", "a"),
     "down": ("y",),
     "combine": ("y",),
-    "dz": ("dz", "wa", "dw_parts"),
+    "back": ("out",),
+    "dz": ("dz", "wa", "dweights"),
     "weight_grad": ("dw", "db"),
-    "dx": ("dx", "dweights"),
     "route_backward": ("dx", "ddot", "dnoise", "dbias", "dw_norm", "dtemperature"),
     "router_grad": ("parts",),
     "router_reduce": ("dw", "dnoise_w", "dbias", "dtemperature"),
@@ -104,9 +104,8 @@ def flops(launch: Launch, rows: int) -> int:
     sides = {
         "up": lambda: a["D"] * a["H"] * (2 if a["GATED"] else 1),
         "down": lambda: a["H"] * a["O"],
-        "dz": lambda: a["O"] * a["H"],
+        "back": lambda: a["M"] * a["C"],
         "weight_grad": lambda: a["M"] * a["C"],
-        "dx": lambda: a["D"] * a["H1"],
     }
     return 2 * rows * sides[launch.name]() if launch.name in sides else 0
 
@@ -160,31 +159,33 @@ def _down(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
     return Traffic(loads=operands + bias + slots, stores=sum(loads) * a["O"] * launch.itemsize + slots)
 
 
+def _back(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
+    a, rows = launch.args, sum(loads)
+    _, column_tiles, operands = _gemm(launch, meta, loads, width=a["C"], depth=a["M"])
+    out = tensors(launch)["out"].nbytes
+    if a["GATHER"]:
+        return Traffic(loads=operands + 8 * rows * column_tiles, stores=out)
+    slots = _slots(meta, loads, width=a["C"], depth=a["M"])
+    return Traffic(loads=operands + slots, stores=out + slots)
+
+
 def _dz(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
-    a, rows, size = launch.args, sum(loads), launch.itemsize
-    row_tiles, column_tiles, operands = _gemm(launch, meta, loads, width=a["H"], depth=a["O"])
-    z = rows * a["H"] * (2 if a["GATED"] else 1) * size
-    bias = (rows + row_tiles) * a["O"] * size if a["BIAS"] else 0
-    choices = (8 + 4) * rows * column_tiles  # order and weights
-    return Traffic(loads=operands + z + bias + choices, stores=z + rows * a["H"] * size + 4 * rows * column_tiles)
+    """The tokens' rows of dy, and b2, are read for each choice."""
+    found, a, rows = tensors(launch), launch.args, sum(loads)
+    bias = 2 * rows * a["O"] * found["dy"].itemsize if a["BIAS"] else 0
+    choices = (8 + 4) * rows  # order and weights
+    return Traffic(loads=found["da"].nbytes + found["z"].nbytes + bias + choices, stores=least(launch).stores)
 
 
 def _weight_grad(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
-    a, rows, size = launch.args, sum(loads), launch.itemsize
-    m_tiles, c_tiles = cdiv(a["M"], meta["BM"]), cdiv(a["C"], meta["BN"])
-    operands = rows * (a["M"] * c_tiles + a["C"] * m_tiles) * size
-    bias = rows * a["M"] * size if a["BIAS"] else 0  # left once more, by programs of its own
-    weights = (8 + 4) * rows * cdiv(a["M"], DB_COLUMNS.value) if a["WEIGH_BIAS"] and a["BIAS"] else 0
+    found, a, rows, size = tensors(launch), launch.args, sum(loads), launch.itemsize
+    left, right = found["tokens"].shape[1], found["ordered"].shape[1]
+    left_tiles, right_tiles = cdiv(left, meta["BM"]), cdiv(right, meta["BN"])
+    operands = rows * (left * right_tiles + right * left_tiles) * size
+    bias = rows * a["M"] * size if a["BIAS"] else 0  # the terms, by programs of their own
+    weights = (8 + 4) * rows * cdiv(a["M"], DB_COLUMNS.value) if a["BIAS"] and not a["TRANSPOSED"] else 0
     grads = len(loads) * a["M"] * (a["C"] + (1 if a["BIAS"] else 0)) * size
-    return Traffic(loads=operands + bias + 8 * rows * m_tiles * c_tiles + weights, stores=grads)
-
-
-def _dx(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
-    a, rows = launch.args, sum(loads)
-    _, _, operands = _gemm(launch, meta, loads, width=a["D"], depth=a["H1"])
-    parts = rows * (4 * a["PARTS"] + 8)
-    slots = _slots(meta, loads, width=a["D"], depth=a["H1"])
-    return Traffic(loads=operands + parts + slots, stores=rows * a["D"] * launch.itemsize + 4 * rows + slots)
+    return Traffic(loads=operands + bias + 8 * rows * left_tiles * right_tiles + weights, stores=grads)
 
 
 def _combine(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
@@ -244,9 +245,9 @@ FORMULAS: dict[str, Callable[[Launch, dict, list[int]], Traffic]] = {
     "up": _up,
     "down": _down,
     "combine": _combine,
+    "back": _back,
     "dz": _dz,
     "weight_grad": _weight_grad,
-    "dx": _dx,
     "route_backward": _route_backward,
     "router_grad": _router_grad,
     "router_reduce": _router_reduce,

@@ -214,7 +214,8 @@ class TCMoERouter(Router):
 
     def forward(self, x: Tensor, *, loss_options: LossOptions | None = None, backend: str | None = None) -> Routing:
         N, K = self.spec.num_experts, self.spec.top_k
-        lowered = x.new_tensor([0.0] * N + [self.NEGATED] * N + [self.NULL] * K, dtype=torch.float32)  # [2 N + K]
+        slot = torch.arange(2 * N + K, device=x.device)
+        lowered = torch.where(slot < 2 * N, self.NEGATED * (slot >= N), self.NULL)  # [2 N + K]
         # The null slots' probability is part of every weight and has to be learned through: fused routing cannot.
         routing = ops.recomputed(reference.route, x, self.weight, lowered, spec=self.slots)
         positive, negative, null = routing.probs.split([N, N, K], dim=-1)

@@ -123,7 +123,7 @@ def test_operands_through_descriptors(gated, dtype, monkeypatch):
     with observing(lambda launch: through.append(launch.args.get("DESCRIPTOR"))):
         check_experts(KERNELS, case)
     if DEVICE == "cpu":
-        assert through.count(True) == 6  # up, down, dz, dw2, dw1, dx
+        assert through.count(True) == 6  # up, down, da, dw2, dw1, dx
 
 
 def test_programs_walk_over_several_tiles():
@@ -134,7 +134,7 @@ def test_programs_walk_over_several_tiles():
     with observing(lambda launch: grids.setdefault(launch.gemm, launch.grid({"BM": 64, "BN": 64, "PROGRAMS": 1}))):
         run_experts(KERNELS, case, data)
     if DEVICE == "cpu":
-        assert [grids[gemm] for gemm in ("up", "down", "dz", "dx")] == [(INTERPRETER_PROGRAMS,)] * 4
+        assert [grids[gemm] for gemm in ("up", "down", "da", "dx")] == [(INTERPRETER_PROGRAMS,)] * 4
         assert busy > INTERPRETER_PROGRAMS
 
 
@@ -168,6 +168,6 @@ def test_a_launch_lowers_the_flags_that_it_raised():
     case = ExpertCase(**LAST_ROUND)
     with observing(launches.append):
         run_experts(KERNELS, case, expert_data(case))
-    flags = [launch.args["flags_ptr"] for launch in launches if launch.name in ("down", "dx")]
+    flags = [launch.args["flags_ptr"] for launch in launches if launch.gemm in ("down", "dx")]
     assert len(flags) == 2
     assert not any(each.any() for each in flags)

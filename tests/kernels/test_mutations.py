@@ -117,10 +117,9 @@ MUTATIONS = [
     Mutation("one-part-for-all", "last round", "last_round.py", "for part in range(parts)", "for part in range(1)"),
     Mutation("second-bias-in-each-part", "last round", "grouped_gemm.py", "tl.where(part == 0, O - o0, 0)", "O - o0"),
     Mutation("bias-of-the-gate-in-up", "gated", "grouped_gemm.py", "expert * H1 + H + h0", "expert * H1 + h0"),
-    Mutation("z-of-other-columns", "experts", "dz.py", "live, h + AHEAD * DZ_COLUMNS, H", "live, h, H"),
-    Mutation("w-missing-in-dz", "experts", "dz.py", "dz = w[:, None] * g *", "dz = g *"),
+    Mutation("w-missing-in-dz", "experts", "dz.py", "dz = w * da *", "dz = da *"),
     Mutation("up-missing-in-dz", "gated", "dz.py", "dz = dz * up", "dz = dz"),
-    Mutation("b2-missing-in-dw", "experts", "dz.py", "dw += rows_dot(", "dw += 0.0 * rows_dot("),
+    Mutation("b2-missing-in-dw", "experts", "dz.py", "dw += dy.to(", "dw += 0.0 * dy.to("),
     Mutation(
         "w-missing-in-combine", "experts", "combine.py", "value = value * tl.load(", "value = value + 0.0 * tl.load("
     ),
