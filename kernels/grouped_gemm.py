@@ -17,8 +17,8 @@ from .last_round import finish, lower, part_of_depth, part_of_tile, split_last_r
 from .primitives import activate, cast, count_row_tiles, find_row_tile, gemm_jit, swizzle
 from .products import columns, product, starting_at, two_products
 
-# Columns of a tile that an epilogue takes at a time, so that registers suffice on sm90 under every Triton tried; of back,
-# where da is float32.
+# Columns of a tile that an epilogue takes at a time, so that registers suffice on sm90 under every Triton tried; back's
+# may be float32.
 UP_COLUMNS, BACK_COLUMNS = tl.constexpr(32), tl.constexpr(128)
 
 
