@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from libmoe_fast.errors import ConfigError
-from libmoe_fast.routers import ROUTERS
+from libmoe_fast.routers import COMPARED
 
 MODES = ("inference", "fwd", "fwd+bwd")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -165,10 +165,10 @@ def tiny_cases() -> list[Case]:
     """A few seconds of everything, so that the suite is tested with the rest."""
     both = [TINY, TINY_GATED]
     return [
-        *grid(["routing"], [TINY], [9], dtype=["fp32"], mode=["fwd+bwd"], router=list(ROUTERS)),
+        *grid(["routing"], [TINY], [9], dtype=["fp32"], mode=["fwd+bwd"], router=list(COMPARED)),
         *grid(["permutation"], [TINY], [9], dtype=["bf16"], mode=["inference", "fwd+bwd"]),
         *grid(["experts"], both, [9], dtype=["bf16"], mode=MODES),
-        *grid(["layer"], [TINY], [9], dtype=["bf16"], mode=["fwd+bwd"], router=list(ROUTERS)),
+        *grid(["layer"], [TINY], [9], dtype=["bf16"], mode=["fwd+bwd"], router=list(COMPARED)),
         *grid(["layer"], [TINY_GATED], [9, 12], dtype=["fp32"], mode=["fwd+bwd"]),
         *grid(["encoder"], [TINY], [9], dtype=["fp32"], mode=["inference", "fwd+bwd"]),
         *grid(["training"], [TINY], [18], dtype=["fp32"]),
@@ -178,7 +178,7 @@ def tiny_cases() -> list[Case]:
 
 def quick_cases() -> list[Case]:
     return [
-        *grid(["routing"], [CLIP], [CLIP_TOKENS], dtype=["bf16"], mode=["fwd+bwd"], router=list(ROUTERS)),
+        *grid(["routing"], [CLIP], [CLIP_TOKENS], dtype=["bf16"], mode=["fwd+bwd"], router=list(COMPARED)),
         *grid(["permutation"], [CLIP], [4 * CLIP_TOKENS], dtype=["bf16"], mode=["fwd+bwd"]),
         *grid(["experts"], [MANY], [256], dtype=["bf16"], mode=["inference"]),
         *grid(["layer"], [CLIP], [64, 256], dtype=["bf16"], mode=["fwd+bwd"]),
@@ -200,12 +200,12 @@ def full_cases(dtypes: tuple[str, ...] = ("bf16", "fp32")) -> list[Case]:
     tokens = (64, 512, 4 * CLIP_TOKENS, 8192, 32768)
     vision = [CLIP, SIGLIP, PROJECTOR]
     return [
-        *grid(["routing"], [CLIP, MANY], tokens, dtype=dtypes, mode=MODES, router=list(ROUTERS)),
+        *grid(["routing"], [CLIP, MANY], tokens, dtype=dtypes, mode=MODES, router=list(COMPARED)),
         *grid(["permutation"], [CLIP, MANY], tokens, dtype=dtypes, mode=["inference", "fwd+bwd"]),
         *grid(["experts"], [*vision, PLAIN, MANY, FINE], tokens[1:3], dtype=dtypes, mode=MODES),
         *grid(["layer"], [CLIP], tokens, dtype=dtypes, mode=MODES),
         *grid(
-            ["layer"], [CLIP], tokens[2:3], dtype=dtypes, mode=["fwd+bwd"], router=[r for r in ROUTERS if r != "smoe"]
+            ["layer"], [CLIP], tokens[2:3], dtype=dtypes, mode=["fwd+bwd"], router=[r for r in COMPARED if r != "smoe"]
         ),
         *grid(["layer"], [SIGLIP, PROJECTOR, MANY, FINE], tokens[1:3], dtype=dtypes, mode=["inference", "fwd+bwd"]),
         *grid(["encoder"], [CLIP], [4 * CLIP_TOKENS], dtype=dtypes, mode=["inference", "fwd+bwd"]),
@@ -226,7 +226,7 @@ def paper_cases() -> list[Case]:
     """The layers that LibMoE's paper trains, at its batch sizes: S2 makes 10 tiles of 577 tokens of one image."""
     tokens = [CLIP_TOKENS, 10 * CLIP_TOKENS, 4 * 10 * CLIP_TOKENS]
     return [
-        *grid(["layer"], [CLIP, SIGLIP], tokens, dtype=["bf16"], mode=["inference", "fwd+bwd"], router=list(ROUTERS)),
+        *grid(["layer"], [CLIP, SIGLIP], tokens, dtype=["bf16"], mode=["inference", "fwd+bwd"], router=list(COMPARED)),
         *grid(["layer"], [PROJECTOR], [576, 4 * 576], dtype=["bf16"], mode=["inference", "fwd+bwd"]),
         *grid(["encoder"], [CLIP], tokens[:2], dtype=["bf16"], mode=["inference", "fwd+bwd"]),
         *grid(

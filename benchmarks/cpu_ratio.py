@@ -32,7 +32,7 @@ from libmoe_fast.benchmarks.memory import peak_bytes, saved_bytes
 from libmoe_fast.benchmarks.report import spread
 from libmoe_fast.errors import LibMoEError
 from libmoe_fast.ops import ENVIRONMENT_VARIABLE
-from libmoe_fast.routers import ROUTERS
+from libmoe_fast.routers import COMPARED
 
 CPU = torch.device("cpu")
 MODES = {"forward": "inference", "forward + backward": "fwd+bwd"}
@@ -102,7 +102,7 @@ def routers(options: argparse.Namespace) -> None:
         case, entrants, experts = CLIP_L.case(mode), {}, None
         x = random_tokens(case, CPU, features=CLIP_L.shape.in_features).requires_grad_()
         grad = random_tokens(case, CPU, features=CLIP_L.shape.out_features)
-        for name in ROUTERS:
+        for name in COMPARED:
             moe = make_moe(dataclasses.replace(case, router=name), CPU)
             experts = moe.experts = experts or moe.experts  # where weights lie in memory is worth as much as a router
             entrants[name] = entrant(case, partial(moe, x), module=moe, inputs=(x,), grad=grad)
@@ -115,7 +115,7 @@ def routers(options: argparse.Namespace) -> None:
         }
     print_row("router", *columns)
     print_row(*["---"] * (1 + len(columns)))
-    for name in ROUTERS:
+    for name in COMPARED:
         print_row(name, *(spread(column[name]) for column in columns.values()))
     medians = [[ratio.median for ratio in column.values()] for column in columns.values()]
     print_row("slowest / fastest (target 1.03)", *(f"{max(m) / min(m):.3f}" for m in medians))

@@ -1,4 +1,4 @@
-"""The command line: `libmoe-fast train | data | evaluate | report | convert | bench | doctor`."""
+"""The command line: `libmoe-fast train | plan | data | evaluate | report | convert | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ Train, evaluate and compare Mixture-of-Experts vision-language models.
 
   libmoe-fast train --config clip_phi3_stage3 --model.path runs/stage2/final --model.router cosine \\
                     --data.file llava_665k.json --data.images images --run.folder runs/cosine
+  libmoe-fast plan --config clip_phi3_stage3 --gpus 4 --gpu a100-80g
   libmoe-fast data check llava_665k.json --images images
   libmoe-fast evaluate runs/cosine/final --tasks MME POPE
   libmoe-fast report runs
@@ -42,6 +43,17 @@ The same command on the same --run.folder goes on from its last checkpoint.
   deepspeed --num_gpus 4 --module libmoe_fast.train --config clip_phi3_stage3 ...
 
 Several --config files are merged in the order given; options after them win. Presets: {presets}.
+"""
+
+_PLAN = """\
+Say what a stage will cost, before it runs: parameters, operations, memory of each GPU by part, disk, hours.
+
+  libmoe-fast plan --config clip_phi3_stage3 --gpus 4 --gpu a100-80g
+  libmoe-fast plan --config siglip_phi35_stage2 --gpus 8 --gpu h100 --engine.offload false
+  libmoe-fast plan --config mine.yaml --vision models/clip --language models/phi3 --samples 120000 --text_tokens 300
+
+Takes the options of `libmoe-fast train`. The model is built at true size without weights, and one batch is run on
+shapes alone: it takes seconds, and neither a GPU nor a checkpoint.
 """
 
 _DATA = """\
@@ -135,6 +147,7 @@ def _run(arguments: list[str]) -> int:
 
     commands: dict[str, tuple[str, Callable, Callable]] = {
         "train": (_TRAIN.format(presets=", ".join(_preset_names()) or "none"), _add_train, _train),
+        "plan": (_PLAN, _add_plan, _plan),
         "data": (_DATA, _add_data, _data),
         "evaluate": (_EVALUATE, _add_evaluate, _evaluate),
         "report": (_REPORT, _add_report, _report),
@@ -183,6 +196,48 @@ def _train(options: Namespace) -> int:
     from libmoe_fast.train.loop import train
 
     train(config)
+    return 0
+
+
+def _add_plan(parser: ArgumentParser) -> None:
+    from typing import Literal
+
+    from libmoe_fast.train.config import add_train_arguments
+    from libmoe_fast.train.plan import GPUS, LANGUAGE, VISION
+
+    add_train_arguments(parser)
+    parser.add_argument("--gpus", type=int, default=4, help="how many GPUs")
+    parser.add_argument("--gpu", type=Literal[tuple(GPUS)], default="a100-80g", help="which")
+    models = "or a folder with its config.json; default: what the preset is for"
+    parser.add_argument("--vision", type=str | None, default=None, help=f"{', '.join(VISION)}, {models}")
+    parser.add_argument("--language", type=str | None, default=None, help=f"{', '.join(LANGUAGE)}, {models}")
+    parser.add_argument("--samples", type=int | None, default=None, help="of the data; default: as in LibMoE's table 1")
+    parser.add_argument("--text_tokens", type=float | None, default=None, help="of a sample; default: as there")
+    parser.add_argument("--images", type=float | None, default=None, help="of a sample; default: as there")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the GPUs' peak that is reached")
+
+
+def _plan(options: Namespace) -> int:
+    from libmoe_fast.train.config import config_from_namespace
+    from libmoe_fast.train.plan import models_of, plan, setting_of
+
+    config = config_from_namespace(options)
+    setting = setting_of([Path(str(path)).stem for path in options.config or []])
+    vision, language = models_of(config, setting)
+    print(
+        plan(
+            config,
+            gpus=options.gpus,
+            gpu=options.gpu,
+            vision=options.vision or vision,
+            language=options.language or language,
+            setting=setting,
+            samples=options.samples,
+            text_tokens=options.text_tokens,
+            images=options.images,
+            utilisation=options.utilisation,
+        )
+    )
     return 0
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from libmoe_fast.errors import BackendError
 from libmoe_fast.reference import accumulation_dtype
@@ -164,6 +165,29 @@ def permute_fake(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Operations, for torch.utils.flop_counter: a multiplication and an addition are two
+
+
+def _dispatch_flops(x, weight, *_rest, **_options) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
+
+
+def _dispatch_backward_flops(drows, dweights, dlosses, x, weight, *_rest, **_options) -> int:
+    return 2 * _dispatch_flops(x, weight)  # of x and of the gate
+
+
+def _experts_flops(x, rows, weights, order, inverse, offsets, w1, b1, w2, *_rest, **_options) -> int:
+    return 2 * order[0] * (w1[1] * w1[2] + w2[1] * w2[2])
+
+
+def _experts_backward_flops(
+    dy, x, weights, order, inverse, offsets, w1, b1, w2, b2, z, activation, gated, sum_over_k, weight_grads, **_options
+) -> int:
+    forward = _experts_flops(x, None, weights, order, inverse, offsets, w1, b1, w2)
+    return 2 * forward if weight_grads else forward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Autograd
 
 
@@ -301,8 +325,15 @@ def register(prefix: str, ops: FusedOps) -> None:
         "experts": _experts_fake,
         "experts_backward": _experts_backward_fake,
     }
+    flops = {
+        "dispatch": _dispatch_flops,
+        "dispatch_backward": _dispatch_backward_flops,
+        "experts": _experts_flops,
+        "experts_backward": _experts_backward_flops,
+    }
     for name, fake in fakes.items():
         torch.library.register_fake(f"libmoe_fast::{prefix}_{name}", fake)
+        register_flop_formula(getattr(torch.ops.libmoe_fast, f"{prefix}_{name}"))(flops[name])
 
     learning = {
         "dispatch": differentiable(ops.dispatch, _dispatch_setup, functools.partial(_dispatch_backward, ops)),

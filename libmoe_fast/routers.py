@@ -31,6 +31,13 @@ SIZES = ("dim", "num_experts", "top_k")  # what a layer passes to a router besid
 PLACES = ("device", "dtype")
 
 ROUTERS: dict[str, type["Router"]] = {}
+COMPARED = (
+    "smoe",
+    "cosine",
+    "perturbed_cosine",
+    "sigmoid",
+    "hyper",
+)  # in LibMoE's paper, our benchmarks and the demo
 
 
 def register_router(name: str) -> Callable[[type["Router"]], type["Router"]]:

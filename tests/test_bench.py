@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from libmoe_fast import ROUTERS, BackendError, ConfigError, Experts, MoE
+from libmoe_fast import BackendError, ConfigError, Experts, MoE
 from libmoe_fast.benchmarks import arena, cases, cpu_ratio, memory, peers, results
 from libmoe_fast.benchmarks.compare import compare_files
 from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread, run_together
@@ -21,6 +21,7 @@ from libmoe_fast.benchmarks.memory import peak_bytes, resident_peak, saved_bytes
 from libmoe_fast.benchmarks.report import markdown, write_report
 from libmoe_fast.benchmarks.run import measure, races, run_preset
 from libmoe_fast.cli import main
+from libmoe_fast.routers import COMPARED
 
 CPU = torch.device("cpu")
 resident = pytest.mark.skipif(not memory.SELF.exists(), reason="only Linux tells a process its resident memory")
@@ -270,7 +271,7 @@ def test_preset(name):
         return
     assert {"layer", "encoder", "training"} <= subjects <= set(cases.SUBJECTS)
     if name != "paper":
-        assert {case.router for case in preset.cases if case.subject == "routing"} == set(ROUTERS)
+        assert {case.router for case in preset.cases if case.subject == "routing"} == set(COMPARED)
         assert {case.sweep for case in preset.cases} == {None, "T", "N", "K", "H"}
 
 
@@ -320,7 +321,7 @@ def test_cpu_table(cpu_table):
 def test_cpu_routers_and_growth(cpu_table):
     table = cpu_table("--routers")
     slowest_over_fastest = table.pop("slowest / fastest (target 1.03)")
-    over_mean = [ratio(cells[1]) for name, cells in table.items() if name in ROUTERS]  # of forward
+    over_mean = [ratio(cells[1]) for name, cells in table.items() if name in COMPARED]  # of forward
     assert len(over_mean) == 5
     assert min(over_mean) <= 1 <= max(over_mean)
     assert float(slowest_over_fastest[1]) == pytest.approx(max(over_mean) / min(over_mean), rel=0.05)

@@ -137,8 +137,8 @@ def test_every_command_of_the_plan_is_accepted(tmp_path, digits, monkeypatch):
     monkeypatch.setattr("libmoe_fast.evaluate.evaluate", lambda _, config: ran.append(config.tasks) or Outcome({}, {}))
     for part in plan(tmp_path, digits) + plan(tmp_path, digits, short=True):
         assert main(list(part.command)) == 0
-    assert ran.count(3) == len(demo.ROUTERS) + len(demo.SHORT_ROUTERS)
-    assert ran.count(["digit", "parity"]) == 2 + len(demo.ROUTERS) + len(demo.SHORT_ROUTERS)
+    assert ran.count(3) == len(demo.COMPARED) + len(demo.SHORT_ROUTERS)
+    assert ran.count(["digit", "parity"]) == 2 + len(demo.COMPARED) + len(demo.SHORT_ROUTERS)
 
 
 def test_a_short_demo_is_never_taken_for_a_full_one(tmp_path, monkeypatch):

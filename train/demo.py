@@ -21,9 +21,9 @@ from pathlib import Path
 from libmoe_fast.analysis.results import RESULTS, read_results
 from libmoe_fast.errors import ConfigError, LibMoEError
 from libmoe_fast.files import write_atomically
+from libmoe_fast.routers import COMPARED
 from libmoe_fast.train.digits import QUESTIONS, VOCAB_TEXTS, DigitsPaths, write_digits
 
-ROUTERS = ("smoe", "cosine", "perturbed_cosine", "sigmoid", "hyper")
 SHORT_ROUTERS = ("smoe", "hyper")  # one with auxiliary losses, and the one with a schedule of its own
 SHORT_STEPS = {"stage1": 10, "stage2": 150, "stage3": 30}
 
@@ -94,7 +94,7 @@ def write_model(folder: Path) -> None:
 
 def parts(out: Path, data: DigitsPaths, *, short: bool) -> list[Part]:
     """The demo's commands, in order."""
-    routers = SHORT_ROUTERS if short else ROUTERS
+    routers = SHORT_ROUTERS if short else COMPARED
 
     def train(preset: str, name: str, start: Path, *options: str) -> Part:
         steps = ("--optim.max_steps", str(SHORT_STEPS[preset])) if short else ()

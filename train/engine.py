@@ -89,16 +89,22 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def recompute_activations(model: nn.Module, config: TrainConfig) -> None:
+    """Switches activation checkpointing on, as engine.checkpointing says."""
+    if config.engine.checkpointing == "off":
+        return
+    reentrant = config.engine.checkpointing == "reentrant"
+    with warnings.catch_warnings():  # transformers 5.23 renamed it; 4.57 knows only this name
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+
 def make_engine(model: nn.Module, config: TrainConfig) -> Any:
     """A DeepSpeedEngine around the model, with AdamW on what is trainable."""
     import deepspeed
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.engine.tf32
-    if config.engine.checkpointing != "off":
-        reentrant = config.engine.checkpointing == "reentrant"
-        with warnings.catch_warnings():  # transformers 5.23 renamed it; 4.57 knows only this name
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    recompute_activations(model, config)
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optim = config.optim

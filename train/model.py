@@ -35,12 +35,17 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype) -> tuple[nn.Module, 
         use_scales(model, config.scales or [1])
     _check_tokenizer(processor.tokenizer)
     end_answers(model, processor.tokenizer)
+    prepare_stage(model, config)
+    return model, processor
+
+
+def prepare_stage(model: nn.Module, config: ModelConfig) -> None:
+    """Leaves gradients to what the stage trains, and upcycles in stage 3."""
     if config.stage == 1:
         model.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
     if config.stage == 3:
         _upcycle(model, config)
-    return model, processor
 
 
 def settle_format(config: TrainConfig, model: nn.Module, processor: Any) -> TrainConfig:
@@ -164,13 +169,20 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def llava_config(vision: Any, text: Any, tokenizer: Any, *, feature_layer: int) -> Any:
+    """The LlavaConfig of a vision tower and a language model with this tokenizer."""
+    return compose_config(
+        vision, text, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), feature_layer=feature_layer
+    )
+
+
+def compose_config(vision: Any, text: Any, *, image_token_id: int, feature_layer: int) -> Any:
     """The LlavaConfig of a vision tower's and a language model's config: a class token is dropped, the rest is read."""
     from transformers import LlavaConfig
 
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_id=image_token_id,
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
