@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import sys
@@ -283,7 +284,19 @@ def _add_evaluate(parser: ArgumentParser) -> None:
         "--tasks", nargs="+", default=[], help=f"lmms-eval tasks, or LibMoE's benchmarks: {', '.join(BENCHMARKS)}"
     )
     parser.add_argument("--include_path", nargs="+", default=[], help="folders with further lmms-eval task files")
-    parser.add_class_arguments(EvaluateConfig, skip={"tasks", "include_path"})
+    switches = {field.name for field in dataclasses.fields(EvaluateConfig) if field.default is False}
+    parser.add_class_arguments(EvaluateConfig, skip={"tasks", "include_path", *switches})
+    _add_switches(parser, EvaluateConfig, switches)
+
+
+def _add_switches(parser: ArgumentParser, cls: type, names: set[str]) -> None:
+    """Options that are on where they are named: jsonargparse's own would want to be told "true"."""
+    from docstring_parser import parse
+
+    said = {param.arg_name: " ".join(param.description.split()) for param in parse(cls.__doc__).params}
+    for field in dataclasses.fields(cls):
+        if field.name in names:
+            parser.add_argument(f"--{field.name}", action="store_true", help=said[field.name])
 
 
 def _evaluate(options: Namespace) -> int:

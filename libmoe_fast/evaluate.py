@@ -26,7 +26,15 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from libmoe_fast import columns, compatibility
-from libmoe_fast.analysis.results import ANSWERS, FORMAT, RESULTS, ROUTING, evaluation_folder, read_results
+from libmoe_fast.analysis.results import (
+    ANSWERS,
+    DROPPED,
+    FORMAT,
+    RESULTS,
+    ROUTING,
+    evaluation_folder,
+    read_results,
+)
 from libmoe_fast.columns import BENCHMARKS, SUITES
 from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, LibMoEError, in_one_line
 from libmoe_fast.files import write_atomically
@@ -48,6 +56,8 @@ class EvaluateConfig:
         hub_folder: folder with local copies of the hub's data sets, laid out like it (lmms-lab-encoder/POPE/...)
         record_choices: keep which experts each image token was sent to, for the report on changes between checkpoints
             (7 kB per image for CLIP-L with 4 experts)
+        drop_top1: take each token's first expert away and give its weight to the others, to see what it was worth; into
+            eval-without-top1/ beside eval/
         out: folder for results.json, routing.json and the answers; default: eval/ beside the checkpoint
         include_path: folders with further lmms-eval task files
         batch_size: questions per forward pass
@@ -65,6 +75,7 @@ class EvaluateConfig:
     accept_failed_judgements: bool = False
     hub_folder: str | None = None
     record_choices: bool = False
+    drop_top1: bool = False
     out: str | None = None
     include_path: list[str] = field(default_factory=list)
     batch_size: int = 16
@@ -98,12 +109,12 @@ def evaluate(checkpoint: str | os.PathLike, config: EvaluateConfig) -> Outcome:
     identity = _identify(checkpoint)
     tasks = _chosen_tasks(config)
     columns.check_judges(tasks)
-    out = (Path(config.out) if config.out else evaluation_folder(checkpoint)).resolve()
+    out = (Path(config.out) if config.out else evaluation_folder(checkpoint, drop_top1=config.drop_top1)).resolve()
     checkpoint = checkpoint.resolve()
     with _hub_folder(config.hub_folder):
         manager = _find_tasks(tasks, config.include_path)
         model = _model(checkpoint, identity, config, out)
-        done, ranks = _Done(out, identity), _Ranks()
+        done, ranks = _Done(out, identity | ({DROPPED: True} if config.drop_top1 else {})), _Ranks()
         for task in tasks:
             _evaluate_task(task, model, manager, config, done, ranks)
         model.close()
@@ -271,7 +282,7 @@ def _model(checkpoint: Path, identity: dict[str, Any], config: EvaluateConfig, o
     from libmoe_fast.lmms import LibMoEFast
 
     settings = {"dtype": config.dtype, "image_aspect": config.image_aspect, "max_new_tokens": config.max_new_tokens}
-    run = {"format": ANSWERS_FORMAT, "checkpoint": identity, **settings}
+    run = {"format": ANSWERS_FORMAT, "checkpoint": identity, **settings} | ({DROPPED: True} if config.drop_top1 else {})
     store = AnswerStore(out / ANSWERS, run, rank=int(os.environ.get("RANK", 0)))
     model = LibMoEFast(
         pretrained=str(checkpoint),
@@ -283,6 +294,7 @@ def _model(checkpoint: Path, identity: dict[str, Any], config: EvaluateConfig, o
         max_new_tokens=config.max_new_tokens,
         answers=store,
         choices=config.record_choices,
+        drop_top1=config.drop_top1,
     )
     if store.empty:  # this checkpoint has answered nothing yet: that it cannot be loaded is better known now
         model.load()

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from lmms_eval.api.model import lmms
 
+from libmoe_fast.analysis.ablation import drop_top1
 from libmoe_fast.analysis.counts import RoutingCounts, image_layers
 from libmoe_fast.checkpoint import DEFAULT_FORMAT, FORMAT, layer_names
 from libmoe_fast.errors import CheckpointError, ConfigError
@@ -84,6 +85,7 @@ class LibMoEFast(lmms):
         record: file for the expert-selection counts (JSON, see `analysis.RoutingCounts`); none: not counted.
         max_new_tokens: for tasks that do not say.
         answers: where answers are kept as they come, and taken from; the model is loaded for the first that is missing.
+        drop_top1: take each token's first expert away (see analysis.ablation).
         choices: also keep, with the answers, which experts each image token was sent to (see analysis.choices).
         share: (which, of how many): answer only every so-manieth question, then raise AnsweredShare.
 
@@ -106,6 +108,7 @@ class LibMoEFast(lmms):
         max_new_tokens: int = 128,
         answers: AnswerStore | None = None,
         choices: bool = False,
+        drop_top1: bool = False,
         share: tuple[int, int] | None = None,
         max_batch_size: int | None = None,  # lmms-eval always passes it; it is for automatic batch sizes
         **unknown: Any,
@@ -121,6 +124,7 @@ class LibMoEFast(lmms):
         self._batch_size = _positive(batch_size, "batch_size")
         self._max_new_tokens = _positive(max_new_tokens, "max_new_tokens")
         self._record, self._store, self.share, self._choices = record, answers, share, choices
+        self._drop_top1 = drop_top1
         self._checkpoint = {"folder": str(pretrained), "dtype": dtype, "backend": backend}
         self._image_aspect = image_aspect
         self._join_ranks(device)
@@ -168,6 +172,8 @@ class LibMoEFast(lmms):
         dtype = _torch_dtype(self._checkpoint["dtype"])
         model = libmoe_fast.load_model(folder, dtype=dtype, backend=self._checkpoint["backend"])
         self._model = model.to(self._device).eval()
+        if self._drop_top1:
+            drop_top1(self._model)
         trained = DEFAULT_FORMAT | (getattr(model.config, FORMAT, None) or {})
         self._image_aspect = self._image_aspect or trained["image_aspect"]
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

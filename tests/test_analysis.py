@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from libmoe_fast import ConfigError, DataError, RouterSpec, Routing
+from libmoe_fast import ConfigError, DataError, MoE, RouterSpec, Routing
 from libmoe_fast.analysis import RoutingCounts, layer_entropy, load_imbalance, total_entropy
+from libmoe_fast.analysis.ablation import drop_top1, without_first
 from libmoe_fast.analysis.choices import changed, left, pack, unpack
 from libmoe_fast.analysis.counter import count_per_image, distribution, gates_per_image
 from libmoe_fast.analysis.figures import short_layer_name, training_curves
-from libmoe_fast.analysis.report import MISSING, make_report
+from libmoe_fast.analysis.report import MISSING, differences_table, make_report, seeds_table
 from libmoe_fast.analysis.results import checkpoints_of
 from libmoe_fast.analysis.routing_figures import confidence, encoders, layer_choices, subtask_entropy
 from libmoe_fast.analysis.runs import Run, find_runs
+from libmoe_fast.analysis.significance import paired_bootstrap, question_scores
 
 
 @pytest.mark.parametrize("experts", [1, 2, 4, 6, 64])
@@ -381,3 +384,112 @@ def test_no_log_no_curve(tmp_path):
 )
 def test_layer_names_fit_an_axis(name, short):
     assert short_layer_name(name) == short
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differences and noise
+
+
+def scored_run(folder, name, answers, *, seed=0, router="smoe", score=None):
+    """A run with one benchmark of right and wrong answers, as evaluate leaves it."""
+    home = folder / name
+    (home / "eval" / "samples").mkdir(parents=True)
+    (home / "final").mkdir()
+    (home / "final" / "libmoe_fast.json").write_text(json.dumps({"layers": {"l": {"router": router}}}))
+    (home / "log.jsonl").write_text("")
+    settings = {"run": {"seed": seed, "folder": name}, "model": {"router": router}, "optim": {"lr": 0.1}}
+    (home / "config.yaml").write_text(json.dumps(settings))
+    lines = [json.dumps({"doc_id": i, "accuracy": float(a)}) for i, a in enumerate(answers)]
+    (home / "eval" / "samples" / "digits_digit.jsonl").write_text("\n".join(lines) + "\n")
+    score = 100 * sum(answers) / len(answers) if score is None else score
+    content = {"format": 1, "checkpoint": {"path": str(home / "final")}, "scores": {"digit": score}}
+    (home / "eval" / "results.json").write_text(json.dumps(content))
+    return home
+
+
+def test_bootstrap_against_the_normal_interval():
+    """Of n independent differences with standard deviation s: +- 1.96 s / sqrt(n), for n = 400 within a tenth."""
+    random = np.random.default_rng(1)
+    first = {str(i): float(v) for i, v in enumerate(random.random(400) < 0.7)}
+    second = {str(i): float(v) for i, v in enumerate(random.random(400) < 0.6)}
+    difference, low, high = paired_bootstrap(first, second)
+    d = np.array([first[q] - second[q] for q in first])
+    half = 1.96 * d.std() / math.sqrt(400)
+    assert difference == pytest.approx(d.mean())
+    assert low == pytest.approx(difference - half, abs=0.1 * half)
+    assert high == pytest.approx(difference + half, abs=0.1 * half)
+    assert paired_bootstrap(first, second) == (difference, low, high)
+    same = paired_bootstrap(first, first)
+    assert same == (0, 0, 0)
+
+
+def test_bootstrap_needs_the_same_questions():
+    for second in ({"a": 1.0}, {"a": 1.0, "c": 1.0}, {}):
+        with pytest.raises(ValueError, match="same questions"):
+            paired_bootstrap({"a": 1.0, "b": 0.0} if second else {}, second)
+
+
+def test_differences_inside_noise_and_beyond(tmp_path):
+    right = [True] * 180 + [False] * 20
+    scored_run(tmp_path, "best", right)
+    scored_run(tmp_path, "close", [*right[1:], False], router="cosine")
+    scored_run(tmp_path, "far", [True] * 100 + [False] * 100, router="hyper")
+    scored_run(tmp_path, "other questions", right[:150], router="sigmoid")
+    _, rows, _ = differences_table(find_runs(tmp_path))
+    found = {row[1]: row for row in rows}
+    assert found.keys() == {"best - close", "best - far"}
+    assert found["best - close"][2:] == ["0.50", found["best - close"][3], "inside noise"]
+    assert found["best - far"][2] == "40.00"
+    assert found["best - far"][4] == "beyond it"
+    make_report(tmp_path)
+    assert "paired" in (tmp_path / "report.md").read_text()
+    assert "| digit" in (tmp_path / "report.md").read_text()
+
+
+def test_a_score_that_is_no_mean_of_answers_is_not_compared(tmp_path):
+    scored_run(tmp_path, "points", [True, False], score=1600.0)
+    (run,) = find_runs(tmp_path)
+    assert question_scores(run, "digit") is None
+
+
+def test_seeds_as_mean_and_spread(tmp_path):
+    for seed, right in enumerate((8, 9, 10)):
+        scored_run(tmp_path, f"smoe-{seed}", [True] * right + [False] * (10 - right), seed=seed)
+    scored_run(tmp_path, "cosine", [True] * 10, router="cosine")
+    headers, rows, _ = seeds_table(find_runs(tmp_path))
+    assert headers == ["router", "runs", "digit"]
+    assert rows == [["smoe", "smoe-0, smoe-1, smoe-2", "90.0 ± 10.0"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without each token's first expert
+
+
+def test_the_others_take_over_the_first_experts_weight():
+    index, weights = torch.tensor([[2, 0, 1], [1, 2, 0]]), torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
+    left = without_first(Routing(index, weights))
+    assert torch.equal(left.index, index[:, 1:])
+    torch.testing.assert_close(left.weights, torch.tensor([[0.6, 0.4], [0.0, 0.0]]))  # nothing stays nothing
+
+
+@pytest.mark.parametrize("router", ["smoe", "hyper", "shared_v2"])
+def test_a_layer_without_first_experts(router):
+    """Against the same experts, called one by one; a shared expert stays."""
+    torch.manual_seed(0)
+    moe, x = MoE(6, 8, 6, num_experts=4, top_k=3, router=router).double().eval(), torch.randn(5, 6, dtype=torch.float64)
+    routing = moe.router(x)
+    drop_top1(moe)
+    expected = torch.zeros_like(x)
+    for t in range(5):
+        left = routing.weights[t, 1:] / routing.weights[t, 1:].sum()
+        for w, e in zip(left, routing.index[t, 1:], strict=True):
+            hidden = F.gelu(moe.experts.w1[e] @ x[t] + moe.experts.b1[e])
+            expected[t] += w * (moe.experts.w2[e] @ hidden + moe.experts.b2[e])
+    torch.testing.assert_close(moe(x), expected)
+
+
+def test_models_without_a_second_expert_are_refused():
+    with pytest.raises(ConfigError, match="dense: it has no first experts"):
+        drop_top1(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="to one expert: without it"):
+        drop_top1(MoE(6, 8, 6, num_experts=4, top_k=1, router="sigmoid", router_options={"normalize": "none"}))

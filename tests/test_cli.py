@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +18,7 @@ from libmoe_fast.cli import main
 
 pytest.importorskip("jsonargparse")
 
-COMMANDS = ("train", "data", "evaluate", "report", "convert", "bench", "doctor")
+COMMANDS = ("plan", "train", "data", "evaluate", "report", "convert", "bench", "doctor")
 
 
 @pytest.fixture
@@ -257,3 +260,29 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "--optim.lr" in done.stdout
+
+
+def shown_commands():
+    """Every libmoe-fast line of the README and of the help texts, continued lines joined."""
+    from libmoe_fast import cli
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL)
+    texts = [*blocks, *(value for name, value in vars(cli).items() if re.fullmatch("_[A-Z]+", name))]
+    lines = "\n".join(map(str, texts)).replace("\\\n", " ").splitlines()
+    shown = [line.split("#")[0].strip() for line in lines if line.strip().startswith("libmoe-fast ")]
+    return sorted({" ".join(line.split()) for line in shown} | set(re.findall(r"`(libmoe-fast \w+ [^`]+)`", readme)))
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_every_command_that_is_shown_can_be_parsed(line, monkeypatch, tmp_path):
+    from libmoe_fast import cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("{}")
+    seen = []
+    for name in COMMANDS:
+        monkeypatch.setattr(cli, f"_{name}", lambda options, name=name: seen.append(name) or 0)
+    arguments = shlex.split(line.removesuffix(" ..."))[1:]
+    assert main(arguments) == 0
+    assert seen == [arguments[0]]

@@ -21,6 +21,8 @@ import tenacity
 from benchmark_files import EXPECTED, answer_to, write_benchmarks
 
 from libmoe_fast import columns
+from libmoe_fast.analysis.report import dropped_table
+from libmoe_fast.analysis.runs import find_runs
 from libmoe_fast.answers import AnswerStore
 from libmoe_fast.cli import main
 from libmoe_fast.evaluate import EvaluateConfig, evaluate
@@ -188,6 +190,22 @@ def whole(checkpoint, digits, tmp_path_factory):
     config = EvaluateConfig(tasks=["digit"], include_path=[str(digits.tasks)], out=str(out), batch_size=8)
     evaluate(checkpoint, config)
     return out
+
+
+def test_without_each_tokens_first_expert(checkpoint, digits, tmp_path):
+    """Beside the evaluation of the whole model, whose scores stay: one expert fewer per token, answers of its own."""
+    shutil.copytree(checkpoint, tmp_path / "run" / "final")
+    command = ["evaluate", str(tmp_path / "run" / "final"), "--tasks", "digit", "--include_path", str(digits.tasks)]
+    assert main(command) == 0
+    assert main([*command, "--drop_top1"]) == 0
+    whole, less = (routing(tmp_path / "run" / name) for name in ("eval", "eval-without-top1"))
+    choices = [[sum(map(sum, task["counts"])) for task in found["tasks"].values()] for found in (whole, less)]
+    assert [2 * n for n in choices[1]] == choices[0]  # top_k is 2
+    (run,) = find_runs(tmp_path / "run")
+    assert run.scores.keys() == run.without_top1.keys() == {"digit"}
+    assert run.evaluations == [tmp_path / "run" / "eval"]
+    _, rows, _ = dropped_table([run])
+    assert rows[0][:2] == ["run", "digit"]
 
 
 def routing(folder: Path) -> dict:

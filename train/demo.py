@@ -107,7 +107,7 @@ def parts(out: Path, data: DigitsPaths, *, short: bool) -> list[Part]:
     def evaluate(name: str) -> Part:
         command = (
             *("evaluate", str(out / name), "--tasks", "digit", "parity"),  # and what it exported on the way
-            *("--include_path", str(data.tasks), "--batch_size", "64", "--record_choices", "true"),
+            *("--include_path", str(data.tasks), "--batch_size", "64", "--record_choices"),
         )
         return Part(title=f"evaluate {name}", command=command, result=out / name / "eval" / "results.json")
 

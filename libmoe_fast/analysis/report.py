@@ -22,6 +22,7 @@ from libmoe_fast.analysis import figures
 from libmoe_fast.analysis.results import RESULTS, ROUTING
 from libmoe_fast.analysis.routing_figures import changed_choices, routing_figures
 from libmoe_fast.analysis.runs import LOG, Run, find_runs
+from libmoe_fast.analysis.significance import differences, over_seeds
 from libmoe_fast.columns import BENCHMARKS, SUITES
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.files import write_atomically
@@ -38,6 +39,8 @@ _NOTES = """\
   the worst case.
 - confidence: the entropy of a token's gate probabilities in bits, averaged over tokens, images and layers (figure 6 of
   LibMoE; scores of `hyper` by their softmax, sigmoids by their sum); margin: first gate weight minus second.
+- differences: the best MoE run against the others, over the same questions, 2,000 times drawn anew for both (paired
+  bootstrap); noise: the interval holds 0. Over seeds: mean ± standard deviation of runs with the same settings.
 - step: median time of a training step, from the run's log, on the machine and under the load it ran with."""
 
 
@@ -64,6 +67,9 @@ def make_report(folder: str | Path, *, out: str | Path | None = None) -> str:
         drawn += routing_figures(runs, out)
         table = score_table(runs)
         others = {
+            "Over seeds": seeds_table(runs),
+            "Differences, and whether questions drawn anew would show them": differences_table(runs),
+            "Without each token's first expert": dropped_table(runs),
             "Best checkpoints": best_table(runs),
             "Choices changed since the checkpoint before": changes_table(runs),
             "Routing by task": routing_table(runs),
@@ -141,6 +147,41 @@ def best_table(runs: Sequence[Run]) -> Table:
                 gain = score - run.scores[column]
                 rows.append([run.name, column, f"{100 * share:.0f}%", f"{score:.2f}", f"{gain:+.2f}"])
     return ["run", "benchmark", "best after", "score", "over the last"], rows, set()
+
+
+def seeds_table(runs: Sequence[Run]) -> Table:
+    """Runs that differ in their seed only: mean and spread (standard deviation) of each score."""
+    groups = over_seeds(runs)
+    columns = list(dict.fromkeys(column for group in groups for run in group for column in run.scores))
+    rows = []
+    for group in groups:
+        values = [[run.scores[column] for run in group if column in run.scores] for column in columns]
+        cells = [f"{statistics.fmean(v):.1f} ± {statistics.stdev(v):.1f}" if len(v) > 1 else MISSING for v in values]
+        rows.append([group[0].router or "dense", ", ".join(run.name for run in group), *cells])
+    return ["router", "runs", *columns], rows, set()
+
+
+def differences_table(runs: Sequence[Run]) -> Table:
+    """The best run of each column against the others, by a paired bootstrap over the questions."""
+    rows = []
+    for column, best, other, (difference, low, high) in differences(runs):
+        verdict = "inside noise" if low <= 0 <= high else "beyond it"
+        rows.append([column, f"{best.name} - {other.name}", f"{difference:.2f}", f"{low:.2f} to {high:.2f}", verdict])
+    return ["benchmark", "runs", "difference", "95% interval", "noise"], rows, set()
+
+
+def dropped_table(runs: Sequence[Run]) -> Table:
+    """What the first expert of each token was worth: scores with it and without."""
+    rows = [
+        [run.name, column, _number(run.scores.get(column), ".2f"), f"{without:.2f}", _drop(run, column)]
+        for run in runs
+        for column, without in run.without_top1.items()
+    ]
+    return ["run", "benchmark", "score", "without", "drop"], rows, set()
+
+
+def _drop(run: Run, column: str) -> str:
+    return f"{run.scores[column] - run.without_top1[column]:.2f}" if column in run.scores else MISSING
 
 
 def changes_table(runs: Sequence[Run]) -> Table:

@@ -11,6 +11,7 @@ RESULTS = "results.json"  # scores by column, and lmms-eval's results in full
 ROUTING = "routing.json"  # analysis.RoutingCounts
 ANSWERS = "answers"  # folder of libmoe_fast.answers
 EXPORTS = "exports"  # of a run: step-N/, the model in the middle of training, each with its own eval/
+DROPPED = "without_top1"  # in results.json, where each token's first expert was taken away
 FORMAT = 1
 
 
@@ -29,10 +30,11 @@ def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
     return [*exports, *([folder / "final"] if (folder / "final").exists() or not exports else [])]
 
 
-def evaluation_folder(checkpoint: Path) -> Path:
+def evaluation_folder(checkpoint: Path, *, drop_top1: bool = False) -> Path:
     """Where a checkpoint's evaluation goes: eval/ beside it, or inside of one that lies among others."""
     checkpoint = checkpoint.resolve()
-    return (checkpoint if checkpoint.parent.name == EXPORTS else checkpoint.parent) / "eval"
+    home = checkpoint if checkpoint.parent.name == EXPORTS else checkpoint.parent
+    return home / ("eval-without-top1" if drop_top1 else "eval")
 
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:

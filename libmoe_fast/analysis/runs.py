@@ -13,7 +13,7 @@ from typing import Any
 from libmoe_fast.analysis.choices import Choices, read_choices
 from libmoe_fast.analysis.counts import GATES, RoutingCounts, Tally
 from libmoe_fast.analysis.metrics import layer_entropy, load_imbalance, total_entropy
-from libmoe_fast.analysis.results import EXPORTS, RESULTS, ROUTING, exports_of, read_results
+from libmoe_fast.analysis.results import DROPPED, EXPORTS, RESULTS, ROUTING, exports_of, read_results
 from libmoe_fast.errors import ConfigError
 
 LOG = "log.jsonl"
@@ -34,6 +34,9 @@ class Run:
     scores: dict[str, float] = field(default_factory=dict)
     counts: RoutingCounts | None = None
     history: dict[int, dict[str, float]] = field(default_factory=dict)  # scores of its exports, by step
+    without_top1: dict[str, float] = field(default_factory=dict)  # scores, each token's first expert taken away
+    evaluations: list[Path] = field(default_factory=list)  # folders of results.json
+    settings: dict[str, Any] | None = None  # its config.yaml without `run`, where the seed is; None: not known
     changes: dict[str, list] | None = None  # what routing_figures.changed_choices has found, which takes a while
 
     @property
@@ -150,6 +153,11 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
     name = home.resolve().name if home == root else str(home.relative_to(root))
     run = Run(name, home, *_router_and_encoder(home, evaluations), _read_log(home / LOG))
+    dropped = [path for path in evaluations if DROPPED in read_results(path)["checkpoint"]]
+    for path in dropped:
+        run.without_top1.update(read_results(path)["scores"])
+    evaluations = [path for path in evaluations if path not in dropped]
+    run.evaluations, run.settings = evaluations, _settings(home / "config.yaml")
     for step, path in exports_of(home):
         if (found := read_results(path / "eval")) is not None:
             run.history[step] = found["scores"]
@@ -162,6 +170,16 @@ def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
             else:
                 run.counts.tasks.update(counts.tasks)
     return run
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return {name: section for name, section in content.items() if name != "run"} if isinstance(content, dict) else None
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
