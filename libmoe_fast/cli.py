@@ -62,6 +62,7 @@ Check training data: every record is read as training reads it, and every image 
 
   libmoe-fast data check llava_665k.json --images images
   libmoe-fast data check blip_558k.json allava.json --no-decode
+  libmoe-fast data check llava_665k.json --no-decode --tokenizer models/Phi-3-mini-4k-instruct
 
 Problems are counted by kind, with examples: exit code 1 if there are any.
 """
@@ -251,19 +252,30 @@ def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument("--no-decode", action="store_true", help="images only have to be there")
     parser.add_argument("--image_aspect", type=Literal["pad", "none"], default="pad", help="as training will have it")
     parser.add_argument("--workers", type=int | None, default=None, help="processes; default: one per core")
+    parser.add_argument(
+        "--tokenizer", type=str | None, default=None, help="folder of a language model: also count tokens with it"
+    )
+    parser.add_argument("--chat_template", type=Literal["phi3", "phi3.5"], default="phi3", help="for --tokenizer")
+    parser.add_argument("--image_tokens", type=int, default=576, help="for --tokenizer: 576 of CLIP-L, 256 of SigLIP")
+    parser.add_argument("--max_length", type=int, default=2048, help="for --tokenizer: as training will have it")
     parser.add_argument("--list", type=str | None, default=None, help="also write every problem into this file")
 
 
 def _data(options: Namespace) -> int:
     from libmoe_fast.files import write_atomically
-    from libmoe_fast.train.check import check_data
+    from libmoe_fast.train.check import TokenOptions, check_data
 
+    tokens = None
+    if options.tokenizer is not None:
+        names = ("tokenizer", "chat_template", "image_tokens", "max_length")
+        tokens = TokenOptions(**{name: options[name] for name in names})
     reports = check_data(
         options.files,
         images=options.images,
         decode=not options.no_decode,
         square=options.image_aspect == "pad",
         workers=options.workers or os.cpu_count() or 1,
+        tokens=tokens,
     )
     print("\n".join(map(str, reports)))
     problems = [problem for report in reports for problem in report.problems]

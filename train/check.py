@@ -18,6 +18,39 @@ SHOWN = 3  # examples of each kind of problem
 AT_A_TIME = 64  # images per task of a process
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenOptions:
+    """How samples become tokens: as training does, with this tokenizer's folder and chat format."""
+
+    tokenizer: str
+    chat_template: str = "phi3"
+    image_tokens: int = 576
+    max_length: int = 2048
+
+
+@dataclass(kw_only=True)
+class Tokens:
+    """Of whole samples. too_long: samples beyond max_length; without: those of them that have no answer before it."""
+
+    image: int = 0
+    text: int = 0
+    answers: int = 0
+    longest: int = 0
+    too_long: int = 0
+    without: int = 0
+
+    def add(self, other: Tokens) -> None:
+        for name in ("image", "text", "answers", "too_long", "without"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.image:,} tokens of images and {self.text:,} of text, {self.answers:,} of them in answers; "
+            f"{self.image + self.text:,} in all"
+        )
+
+
 @dataclass(kw_only=True)
 class DataReport:
     """What was found in one file.
@@ -26,12 +59,15 @@ class DataReport:
         records: what reading it gave.
         broken: one line for each image that cannot be used, with the records it belongs to.
         images: how many images were decoded; 0 if none were to be.
+        tokens: of the good records, and the longest that max_length keeps; none if they were not to be counted.
     """
 
     file: Path
     records: Records
     broken: list[str] = field(default_factory=list)
     images: int = 0
+    tokens: Tokens | None = None
+    max_length: int = 0
 
     @property
     def problems(self) -> list[str]:
@@ -47,6 +83,13 @@ class DataReport:
         ]
         if self.images:
             lines.append(f"  {self.images:,} images decoded, {len(self.broken):,} broken")
+        if self.tokens is not None:
+            lines.append(f"  {self.tokens}")
+            lines.append(
+                f"  {self.tokens.text / number:.1f} of text per sample, the longest sample {self.tokens.longest:,}; "
+                f"{self.tokens.too_long:,} are longer than {self.max_length:,} and cut, "
+                f"{self.tokens.without:,} of those before any answer, and left out"
+            )
         kinds = defaultdict(list)
         for problem in self.problems:
             kinds[_kind(problem)].append(problem)
@@ -65,12 +108,14 @@ def check_data(
     decode: bool = True,
     square: bool = True,
     workers: int = 2,
+    tokens: TokenOptions | None = None,
 ) -> list[DataReport]:
     """Reads every record of the files and decodes every image, in several processes; one report per file.
 
     Args:
         images: folder that image paths start from; none given = each file's own.
         decode: whether images are decoded; else they only have to be there.
+        tokens: count the tokens that training would make of the good records (LibMoE, table 1); none: do not.
         square: whether they will be padded to squares, which must stay within the limit on pixels, too.
 
     Raises:
@@ -86,6 +131,8 @@ def check_data(
         report = DataReport(file=file, records=read_records(file, folder, skip_bad=True))
         if decode:
             _decode(report, folder, square, workers)
+        if tokens is not None and len(report.records.good):
+            _count(report, tokens, workers)
         reports.append(report)
     return reports
 
@@ -112,6 +159,45 @@ def _image_problem(path: Path, square: bool) -> str | None:
     except DataError as error:
         return str(error)
     return None
+
+
+def _count(report: DataReport, options: TokenOptions, workers: int) -> None:
+    from tqdm import tqdm
+
+    report.tokens, report.max_length = Tokens(), options.max_length
+    records = report.records.good
+    with ProcessPoolExecutor(max(workers, 1), initializer=_open_tokenizer, initargs=(options,)) as pool:
+        found = pool.map(_tokens_of, records, chunksize=AT_A_TIME)
+        for tokens in tqdm(found, total=len(records), desc="Counting tokens", leave=False):
+            report.tokens.add(tokens)
+
+
+_counting: tuple = ()  # of a process that counts: its options and tokenizer
+
+
+def _open_tokenizer(options: TokenOptions) -> None:
+    from libmoe_fast.train.model import load_tokenizer
+
+    global _counting
+    _counting = (options, load_tokenizer(Path(options.tokenizer)))
+
+
+def _tokens_of(record: dict) -> Tokens:
+    from libmoe_fast.train.chat import IGNORED, TEMPLATES, conversation_turns, encode
+
+    options, tokenizer = _counting
+    whole = {"image_tokens": options.image_tokens, "max_length": 2**62, "system": record.get("system")}
+    ids, labels = encode(conversation_turns(record), tokenizer, TEMPLATES[options.chat_template], **whole)
+    image = options.image_tokens if "image" in record else 0
+    answers = [label != IGNORED for label in labels]
+    return Tokens(
+        image=image,
+        text=len(ids) - image,
+        answers=sum(answers),
+        longest=len(ids),
+        too_long=len(ids) > options.max_length,
+        without=not any(answers[: options.max_length]),
+    )
 
 
 def _kind(problem: str) -> str:

@@ -434,3 +434,27 @@ def test_data_check_reads_all_and_says_what_is_wrong(folder, tmp_path, capsys):
     assert "decoded" not in capsys.readouterr().out
     assert main(["data", "check", str(folder / "fine.json")]) == 0
     assert "all good" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_data_check_counts_the_tokens_of_training(folder, processor, tmp_path, capsys, workers):
+    """Against what the data set makes of each record. The third is longer than max_length; the fourth's answer begins
+    beyond it.
+    """
+    long = "five and " * 30
+    records = [good(0), good(1, image=False), good(2), good(3)]
+    records[2]["conversations"][1]["value"] = long
+    records[3]["conversations"][0]["value"] += long
+    processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    samples = [open_dataset(folder, [record], processor, max_length=2000)[0] for record in records]
+    (folder / "data.json").write_text(json.dumps(records))
+    image, limit = 3 * IMAGE_TOKENS, IMAGE_TOKENS + 40
+    text = sum(len(sample.ids) for sample in samples) - image
+    answers = sum(label != IGNORED for sample in samples for label in sample.labels)
+    command = ["data", "check", str(folder / "data.json"), "--workers", str(workers), "--no-decode"]
+    command += ["--tokenizer", str(tmp_path / "tokenizer"), "--image_tokens", str(IMAGE_TOKENS)]
+    assert main([*command, "--max_length", str(limit)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{image:,} tokens of images and {text:,} of text, {answers:,} of them in answers" in printed
+    assert f"the longest sample {max(len(sample.ids) for sample in samples):,}" in printed
+    assert f"2 are longer than {limit} and cut, 1 of those before any answer" in printed
