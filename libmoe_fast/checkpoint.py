@@ -1,9 +1,9 @@
 """Save and load models with MoE layers: strict, atomic, with the layout's name and version stored.
 
 A folder holds `config.json` (the dense model's), `libmoe_fast.json` (layout, version, and the configuration of every
-MoE layer) and `libmoe_fast.safetensors`. The weights are not called model.safetensors on purpose: a stock
-`from_pretrained` would load that, silently drop the experts, and go on with random MLPs. A model without MoE layers is
-saved the stock way.
+MoE layer) and `libmoe_fast.safetensors`, above 5 GB in parts with an index. The weights are not called
+model.safetensors on purpose: a stock `from_pretrained` would load that, silently drop the experts, and go on with
+random MLPs. A model without MoE layers is saved the stock way.
 
 What transformers' own `save_pretrained` wrote of a swapped model, as its Trainer does, is read as well: there the
 recipe is in config.json.
@@ -33,6 +33,7 @@ from libmoe_fast.upcycle import LAYOUT, RECIPE_KEY, VERSION, install, moe_layers
 
 RECIPE_FILE = "libmoe_fast.json"
 WEIGHTS_FILE = "libmoe_fast.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # where the weights are in parts, as transformers writes them
 WITHOUT_KEY = "libmoe_fast_without"  # of a model's config: names of modules that do nothing in this one
 FORMAT = "libmoe_fast_format"  # key of a model's config.json: how its training showed it chats and images
 ALIGNMENT = 64  # bytes, as torch allocates; tensors in a safetensors file have none: slower, and rounded otherwise
@@ -45,6 +46,7 @@ def save_model(
     *,
     processor=None,
     state_dict: dict[str, Tensor] | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes a model, dense or swapped, to `folder`; whatever was there is replaced only when all is on disk.
 
@@ -53,6 +55,7 @@ def save_model(
     Args:
         processor: anything with save_pretrained, saved beside the model (a LlavaProcessor).
         state_dict: weights to save instead of the model's own (those gathered from ZeRO-3).
+        max_shard_size: of a file with weights, in bytes or as "5GB"; more are split over several.
     Raises CheckpointError when the disk is full or cannot be written; the previous content then survives.
     """
     folder = Path(folder)
@@ -60,16 +63,17 @@ def save_model(
     if state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         state_dict = _gathered(model)
         if dist.get_rank() == 0:
-            save_model(model, folder, processor=processor, state_dict=state_dict)
+            options = {"processor": processor, "max_shard_size": max_shard_size}
+            save_model(model, folder, state_dict=state_dict, **options)
         dist.barrier()
         return
     if layers and state_dict is None:
         state_dict = model.state_dict()
     with replace_folder(folder) as partial:
         if layers:
-            _save_swapped(model, partial, layers, state_dict)
+            _save_swapped(model, partial, layers, state_dict, max_shard_size)
         elif hasattr(model, "save_pretrained"):
-            model.save_pretrained(partial, state_dict=state_dict)
+            model.save_pretrained(partial, state_dict=state_dict, max_shard_size=max_shard_size)
         else:
             save_file(_unshared(state_dict or model.state_dict()), partial / WEIGHTS_FILE)
         if processor is not None:
@@ -86,12 +90,34 @@ def _gathered(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _save_swapped(model: nn.Module, folder: Path, layers: dict[str, MoE], state_dict: dict[str, Tensor]) -> None:
+def _save_swapped(
+    model: nn.Module, folder: Path, layers: dict[str, MoE], state_dict: dict[str, Tensor], max_shard_size: int | str
+) -> None:
     for part in ("config", "generation_config"):
         if hasattr(getattr(model, part, None), "save_pretrained"):
             getattr(model, part).save_pretrained(folder)
     (folder / RECIPE_FILE).write_text(json.dumps(recipe(layers), indent=1))
-    save_file(_unshared(state_dict), folder / WEIGHTS_FILE, metadata={"layout": LAYOUT, "version": str(VERSION)})
+    state_dict, metadata = _unshared(state_dict), {"layout": LAYOUT, "version": str(VERSION)}
+    for name, part in _parts(state_dict, folder, max_shard_size):
+        save_file(part, folder / name, metadata=metadata)
+
+
+def _parts(
+    state_dict: dict[str, Tensor], folder: Path, max_shard_size: int | str
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(file, tensors in it); of several files, their index is written."""
+    try:
+        from huggingface_hub import split_torch_state_dict_into_shards
+    except ImportError:  # without transformers there are no models that large
+        yield WEIGHTS_FILE, state_dict
+        return
+    pattern = WEIGHTS_FILE.replace(".", "{suffix}.")
+    split = split_torch_state_dict_into_shards(state_dict, filename_pattern=pattern, max_shard_size=max_shard_size)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
+    for file, names in split.filename_to_tensors.items():
+        yield file, {name: state_dict[name] for name in names}
 
 
 def _unshared(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,8 +212,10 @@ def load_weights(
     recipe = read_recipe(folder)
     with reading(folder / RECIPE_FILE):
         layers = {name: MoE(**config, backend=backend, device="meta") for name, config in recipe["layers"].items()}
-    with reading(folder / WEIGHTS_FILE):
-        state_dict = _read_weights(folder / WEIGHTS_FILE, dtype)
+    state_dict = {}
+    for path in _weight_files(folder):
+        with reading(path):
+            state_dict |= _read_weights(path, dtype)
     try:
         install(model, layers)
         missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
@@ -205,6 +233,14 @@ def load_weights(
             f"saved with transformers {recipe.get('transformers')}, here is {installed_version('transformers')}"
         )
     return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / INDEX_FILE).exists():
+        return [folder / WEIGHTS_FILE]
+    with reading(folder / INDEX_FILE):
+        index = json.loads((folder / INDEX_FILE).read_text())
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def _read_weights(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -167,6 +167,28 @@ def saved(dense, tmp_path):
     return tmp_path / "m"
 
 
+@pytest.mark.parametrize("swapped", [True, False], ids=["experts", "dense"])
+def test_weights_in_parts(dense, tmp_path, swapped):
+    """None larger than asked for, but where one tensor is; whole again, and an older whole file is gone."""
+    model = upcycle(copy.deepcopy(dense[0])) if swapped else copy.deepcopy(dense[0])
+    save_model(model, tmp_path / "m")
+    whole = {path.name for path in (tmp_path / "m").glob("*.safetensors")}
+    assert len(whole) == 1
+    save_model(model, tmp_path / "m", max_shard_size=100_000)
+    parts = sorted((tmp_path / "m").glob("*.safetensors"))
+    assert len(parts) > 3
+    assert not whole & {path.name for path in parts}
+    for path in parts:
+        tensors = load_file(path)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 100_000
+    loaded = load_model(tmp_path / "m").state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=parts[1].name if swapped else "cannot be loaded"):
+        load_model(tmp_path / "m")
+
+
 def edit_recipe(folder, **changes):
     path = folder / "libmoe_fast.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
