@@ -114,7 +114,7 @@ def evaluate(checkpoint: str | os.PathLike, config: EvaluateConfig) -> Outcome:
     with _hub_folder(config.hub_folder):
         manager = _find_tasks(tasks, config.include_path)
         model = _model(checkpoint, identity, config, out)
-        done, ranks = _Done(out, identity | ({DROPPED: True} if config.drop_top1 else {})), _Ranks()
+        done, ranks = _Done(out, model.store.run, identity | ({DROPPED: True} if config.drop_top1 else {})), _Ranks()
         for task in tasks:
             _evaluate_task(task, model, manager, config, done, ranks)
         model.close()
@@ -446,11 +446,11 @@ def _reason(task: str, error: Exception) -> str:
 class _Done:
     """results.json, routing.json and samples/ of an evaluation folder; each task is written as it ends."""
 
-    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, out: Path, answers: str, identity: dict[str, Any]) -> None:
         from libmoe_fast.analysis import RoutingCounts
 
         self.out = out
-        self.content: dict[str, Any] = {"format": FORMAT, "checkpoint": identity}
+        self.content: dict[str, Any] = {"format": FORMAT, "checkpoint": identity, "answers": answers}
         self.counts: RoutingCounts | None = None
         earlier = read_results(out)
         same = earlier is not None and earlier["checkpoint"] == identity

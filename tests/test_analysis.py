@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from libmoe_fast import ConfigError, DataError, MoE, RouterSpec, Routing
 from libmoe_fast.analysis import RoutingCounts, layer_entropy, load_imbalance, total_entropy
 from libmoe_fast.analysis.ablation import drop_top1, without_first
-from libmoe_fast.analysis.choices import changed, left, pack, unpack
+from libmoe_fast.analysis.choices import changed, coactivation, left, pack, read_choices, unpack
 from libmoe_fast.analysis.counter import count_per_image, distribution, gates_per_image
 from libmoe_fast.analysis.figures import short_layer_name, training_curves
 from libmoe_fast.analysis.report import MISSING, differences_table, make_report, seeds_table
@@ -493,3 +493,38 @@ def test_models_without_a_second_expert_are_refused():
         drop_top1(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="to one expert: without it"):
         drop_top1(MoE(6, 8, 6, num_experts=4, top_k=1, router="sigmoid", router_options={"normalize": "none"}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts chosen together
+
+
+def test_coactivation_by_hand():
+    """Three tokens choose {0, 1}, {0, 2}, {0, 1} of 4 experts."""
+    choices = {("a", 0): [np.array([[0, 1], [2, 0]])], ("a", 1): [np.array([[1, 0]])], ("b", 0): [np.array([[3, 2]])]}
+    (found,) = coactivation(choices, "a", [4])
+    nan = np.nan
+    expected = [[1, 2 / 3, 1 / 3, 0], [1, 1, 0, 0], [1, 0, 1, 0], [nan, nan, nan, nan]]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_coactivation_of_even_choices():
+    """All pairs of 5 experts once: (K - 1) / (N - 1) = 1 / 4."""
+    pairs = np.array([[i, j] for i in range(5) for j in range(i)])
+    (found,) = coactivation({("a", 0): [pairs]}, "a", [5])
+    np.testing.assert_allclose(found, np.where(np.eye(5), 1, 0.25))
+
+
+def test_choices_of_an_older_checkpoint_are_not_read(tmp_path):
+    (tmp_path / "answers").mkdir()
+    packed = [pack([np.array([[0, 1]])], [2]), pack([np.array([[1, 0]])], [2])]
+    lines = [
+        {"run": run, "task": "a", "document": document, "choices": choices}
+        for run, document, choices in (("new", 0, packed[0]), ("old", 0, packed[1]), ("old", 1, packed[1]))
+    ]
+    (tmp_path / "answers" / "a.0.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    content = {"format": 1, "checkpoint": {"path": "x"}, "scores": {}, "answers": "new"}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    found = read_choices(tmp_path)
+    assert found.keys() == {("a", 0)}
+    assert found["a", 0][0].tolist() == [[0, 1]]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from libmoe_fast.analysis.results import ANSWERS
+from libmoe_fast.analysis.results import ANSWERS, read_results
 from libmoe_fast.answers import read_lines
 
 Choices = dict[tuple[str, int], list[np.ndarray]]  # (task, document) -> per layer [tokens, K], best first
@@ -57,12 +57,35 @@ def _to_bits(chosen: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def read_choices(evaluation: Path) -> Choices:
-    """The choices that an evaluation kept with its answers; of a question answered twice, the later ones."""
+    """The choices that an evaluation kept with its answers; of a question answered twice, the later ones. Answers of
+    another checkpoint, from before this one was trained into the same folder, stay there and are not these.
+    """
+    run = (read_results(evaluation) or {}).get("answers")
     return {
         (line["task"], line["document"]): unpack(line["choices"])
         for line in read_lines(evaluation / ANSWERS)
-        if line.get("choices")
+        if line.get("choices") and run in (None, line.get("run"))
     }
+
+
+def coactivation(choices: Choices, task: str, num_experts: Sequence[int]) -> list[np.ndarray]:
+    """Per layer [N, N]: how likely a token that chose expert i (row) chose j too; the diagonal is 1.
+
+    NaN in the row of an expert that nothing chose. Even use of K of N experts has (K - 1) / (N - 1) beside the
+    diagonal (Lo et al. 2024; OLMoE's co-activation, Muennighoff et al. 2024, section 5.2).
+
+    Args:
+        num_experts: of each layer.
+    """
+    pairs = [np.zeros((n, n)) for n in num_experts]
+    for (name, _), layers in choices.items():
+        if name == task:
+            for counts, chosen in zip(pairs, layers, strict=True):  # chosen [tokens, K]
+                hits = np.zeros((len(chosen), len(counts)))
+                np.put_along_axis(hits, chosen.astype(np.int64), 1, axis=1)
+                counts += hits.T @ hits
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of an expert that nothing chose
+        return [counts / np.diag(counts)[:, None] for counts in pairs]
 
 
 def changed(before: Choices, after: Choices, task: str) -> np.ndarray | None:

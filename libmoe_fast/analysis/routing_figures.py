@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from libmoe_fast.analysis.choices import changed, left
+from libmoe_fast.analysis.choices import changed, coactivation, left, read_choices
 from libmoe_fast.analysis.counts import Tally, TaskCounts
 from libmoe_fast.analysis.figures import COLOURS, groups, labels, numbered, short_layer_name
 from libmoe_fast.analysis.metrics import total_entropy
@@ -143,6 +143,37 @@ def changed_choices(run: Run) -> dict[str, list[tuple[float, float, np.ndarray, 
     return run.changes
 
 
+def chosen_together(run: Run, path: Path) -> bool:
+    """How often two experts are chosen for one token, in the first, the middle and the last layer of the vision tower.
+
+    False: evaluation kept no choices, or each token has one expert.
+    """
+    last = read_choices(run.folder / "eval")
+    if not last or not _counted([run]) or all(chosen.shape[1] < 2 for chosen in next(iter(last.values()))):
+        return False
+    tasks = sorted({task for task, _ in last}, key=lambda task: task != FIRST)
+    experts = [len(counts) for counts in next(iter(run.counts.tasks.values())).total.counts]
+    matrices = coactivation(last, tasks[0], experts)
+    layers = [i for i, name in enumerate(run.counts.layers) if "projector" not in name] or [0]
+    chosen = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    figure = _figure(3.2, 2.9, len(chosen), columns=len(chosen))
+    for axis, layer in zip(figure.axes, chosen, strict=True):
+        matrix = matrices[layer].copy()
+        np.fill_diagonal(matrix, np.nan)
+        image = axis.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+        if len(matrix) <= 8:
+            for (i, j), value in np.ndenumerate(matrix):
+                if np.isfinite(value):
+                    axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k")
+        axis.set_xlabel("also chosen")
+        axis.set_ylabel("chosen expert")
+        axis.set_title(short_layer_name(run.counts.layers[layer]), fontsize="medium")
+    figure.colorbar(image, ax=figure.axes[: len(chosen)], shrink=0.8)
+    figure.suptitle(f"{labels([run])[run.name]}: experts chosen together on {tasks[0]}", fontsize="large")
+    _save(figure, path)
+    return True
+
+
 def encoders(runs: Sequence[Run], path: Path) -> bool:
     """Figure 8: H_total averaged over subtasks, per router, one bar per encoder; False: there are not two encoders."""
     shown = [run for run in _counted(runs) if run.encoder]
@@ -232,3 +263,6 @@ def routing_figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[str, st
         name = f"layers-{run.name.replace('/', '-')}.png"
         if layer_choices(run, folder / name):
             yield name, f"Choices by layer and subtask, {names[run.name]} (LibMoE, figure 7)"
+        name = f"together-{run.name.replace('/', '-')}.png"
+        if chosen_together(run, folder / name):
+            yield name, f"Experts chosen together, {names[run.name]}"
