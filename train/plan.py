@@ -310,8 +310,10 @@ def measure(config: TrainConfig, *, vision: str, language: str, scales: Sequence
     with fused_attention(model):
         with LiveBytes(model) as live:
             run_batch(model, **sizes)
-        with FlopCounterMode(display=False) as flops:  # by itself: its hooks keep tensors alive
-            run_batch(model, **sizes)
+        flops = _flops(model, sizes)
+        if images != batch * corpus.images:  # a batch has whole images, and samples on average have not
+            alone = _flops(model, sizes | {"images": 0})
+            flops = alone + (flops - alone) * batch * corpus.images / images if images else alone
     layers = moe_layers(model).values()
     idle = sum(
         parameter.numel() * (1 - layer.router.spec.top_k / layer.experts.num_experts)
@@ -319,7 +321,6 @@ def measure(config: TrainConfig, *, vision: str, language: str, scales: Sequence
         for parameter in layer.experts.parameters()
     )
     total = sum(parameter.numel() for parameter in model.parameters())
-    scale = batch * corpus.images / images if images else 1.0  # a batch has whole images
     return Measured(
         total=total,
         active=round(total - idle),
@@ -327,10 +328,17 @@ def measure(config: TrainConfig, *, vision: str, language: str, scales: Sequence
         moe_layers=len(layers),
         image_tokens=own,
         batch=batch,
-        flops=flops.get_total_flops() * scale,
+        flops=flops,
         activations=live.most,
         weight_bytes=dtype.itemsize,
     )
+
+
+def _flops(model: nn.Module, sizes: dict[str, Any]) -> float:
+    """Without LiveBytes: the counter's hooks keep tensors alive."""
+    with FlopCounterMode(display=False) as flops:
+        run_batch(model, **sizes)
+    return flops.get_total_flops()
 
 
 def meta_model(

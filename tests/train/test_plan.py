@@ -224,3 +224,15 @@ def test_in_words(capsys):
     assert "gpus is 0; it must be at least 1" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="gpu is 'tpu'"):
         small_plan(config(), gpu="tpu")
+
+
+def test_samples_without_an_image_take_none_of_its_operations():
+    """Text of the same length: half the images are half of the eye's and the projector's operations."""
+    counts = {
+        images: small_plan(config(2, batch=2), images=images, text_tokens=36 - 16 * images).measured.flops
+        for images in (0.0, 0.5, 0.75, 1.0)
+    }
+    eye = counts[1.0] - counts[0.0]
+    assert counts[0.5] == pytest.approx(counts[0.0] + eye / 2, rel=1e-6)
+    assert counts[0.75] == pytest.approx(counts[0.0] + 0.75 * eye, rel=1e-6)
+    assert eye > 0.1 * counts[0.0]
