@@ -64,9 +64,8 @@ class XMoERouter(Router):
             self.projection.reset_parameters()
 
     def forward(self, x: Tensor, **context) -> Routing:
-        x = ops.recomputed(
-            ops.float_linear, x, self.projection.weight
-        )  # [T, proj_dim]; else a float32 copy of x is kept
+        # Recomputed, so that no float32 copy of x is kept.
+        x = ops.recomputed(ops.float_linear, x, self.projection.weight)  # [T, proj_dim]
         x = F.normalize(x, dim=-1, eps=1e-4)
         weight = self.norm * F.normalize(self.weight.to(x.dtype), dim=-1)  # [N, proj_dim]
         return ops.route(x, weight, None, spec=self.spec, temperature=self.temperature, **context)
