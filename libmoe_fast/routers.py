@@ -202,9 +202,8 @@ class CosineRouter(Router):
 
     def forward(self, x: Tensor, **context) -> Routing:
         if self.projection is not None:
-            x = ops.recomputed(
-                ops.float_linear, x, self.projection.weight
-            )  # [T, proj_dim]; no float32 copy of x is kept
+            # Recomputed, so that no float32 copy of x is kept.
+            x = ops.recomputed(ops.float_linear, x, self.projection.weight)  # [T, proj_dim]
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()
         return ops.route(x, self.weight, self.bias, spec=self.spec, temperature=temperature, **context)
 
