@@ -1,6 +1,8 @@
 """Samples and batches: images and conversations to the tensors a Hugging Face LLaVA takes."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,8 @@ from libmoe_fast.train.images import prepare_image
 from libmoe_fast.train.records import Record, Records, name_record, read_records
 from libmoe_fast.train.sampler import ModalityLengthSampler
 from libmoe_fast.train.table import RecordTable
+
+LONGEST_STEP_LEFT = 30.0  # seconds that processes that load images live on after a SIGTERM; torchrun waits as long
 
 
 @dataclass(kw_only=True)
@@ -234,8 +238,15 @@ def batches(dataset: ConversationDataset, sampler: ModalityLengthSampler, collat
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the batches in work are still needed
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ctrl-C, and a launcher's or a scheduler's SIGTERM, reach all processes; the batches in work are still needed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: Any) -> None:
+    timer = threading.Timer(LONGEST_STEP_LEFT, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 class _ErrorsAsValues(Dataset):
