@@ -1,7 +1,10 @@
 """Two processes compute what one does: losses, and gradients with the auxiliary losses in them."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,26 @@ def test_image_on_one_process_text_on_the_other(runs):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=2e-4)
     assert sum(line["balance_loss"] is None for line in lines) == 1  # of images, of texts, of both
+
+
+def test_a_schedulers_sigterm_under_torchrun_loses_nothing(tmp_path):
+    """torchrun sends it to the whole group of each process, with those in it that load images."""
+    model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data", images=24, texts=0)
+    options = {
+        **{"run.folder": tmp_path / "run", "run.log_every": 1, "model.path": model, "model.stage": 3},
+        **{"data.file": data, "data.workers": 1, "data.max_length": 64, "optim.batch_size": 2, "optim.epochs": 10**6},
+        **{"engine.dtype": "fp32", "engine.zero_stage": 0, "engine.checkpointing": "off"},
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "libmoe_fast.train", *(f"--{name}={value}" for name, value in options.items())]
+    with (tmp_path / "out.txt").open("w") as out:
+        launcher = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        log = tmp_path / "run" / "log.jsonl"
+        while launcher.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 3):
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(timeout=300)
+    said = (tmp_path / "out.txt").read_text()
+    assert said.count("stopped and saved after step") == 2, said[-2000:]
+    steps = computed(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{steps}"
