@@ -42,8 +42,9 @@ def dz_kernel(
     FLAGS: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """a = act(z), dz = w da act'(z), w a, and dw = <da, a> + <dy, b2>; wa may be da's memory.
+    """a = act(z), dz = w da act'(z), w a, and dw = <da, a> + <dy, b2>.
 
+    wa may be da's memory: of one type and shape, they lie in threads alike, so who stores an element has loaded it.
     No forward GEMM runs again: <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>.
     """
     lower(flags_ptr, FLAGS)  # for dx
