@@ -106,7 +106,7 @@ def evaluate(checkpoint: str | os.PathLike, config: EvaluateConfig) -> Outcome:
         ConfigError: an unknown task, or one that needs a judge while no API key is set.
     """
     checkpoint = Path(checkpoint)
-    identity = _identify(checkpoint)
+    identity = _identify(checkpoint) | ({DROPPED: True} if config.drop_top1 else {})
     tasks = _chosen_tasks(config)
     columns.check_judges(tasks)
     out = (Path(config.out) if config.out else evaluation_folder(checkpoint, drop_top1=config.drop_top1)).resolve()
@@ -114,7 +114,7 @@ def evaluate(checkpoint: str | os.PathLike, config: EvaluateConfig) -> Outcome:
     with _hub_folder(config.hub_folder):
         manager = _find_tasks(tasks, config.include_path)
         model = _model(checkpoint, identity, config, out)
-        done, ranks = _Done(out, model.store.run, identity | ({DROPPED: True} if config.drop_top1 else {})), _Ranks()
+        done, ranks = _Done(out, model.store.run, identity), _Ranks()
         for task in tasks:
             _evaluate_task(task, model, manager, config, done, ranks)
         model.close()
@@ -282,7 +282,7 @@ def _model(checkpoint: Path, identity: dict[str, Any], config: EvaluateConfig, o
     from libmoe_fast.lmms import LibMoEFast
 
     settings = {"dtype": config.dtype, "image_aspect": config.image_aspect, "max_new_tokens": config.max_new_tokens}
-    run = {"format": ANSWERS_FORMAT, "checkpoint": identity, **settings} | ({DROPPED: True} if config.drop_top1 else {})
+    run = {"format": ANSWERS_FORMAT, "checkpoint": identity, **settings}
     store = AnswerStore(out / ANSWERS, run, rank=int(os.environ.get("RANK", 0)))
     model = LibMoEFast(
         pretrained=str(checkpoint),

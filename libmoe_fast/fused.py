@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from libmoe_fast.errors import BackendError
 from libmoe_fast.reference import accumulation_dtype
@@ -187,6 +186,26 @@ def _experts_backward_flops(
     return 2 * forward if weight_grads else forward
 
 
+FLOPS = {
+    "dispatch": _dispatch_flops,
+    "dispatch_backward": _dispatch_backward_flops,
+    "experts": _experts_flops,
+    "experts_backward": _experts_backward_flops,
+}
+REGISTERED: list[str] = []  # prefixes of the ops that are there
+
+
+def tell_flop_counter() -> None:
+    """Gives torch.utils.flop_counter the formulas of the ops that are there; on request: its import takes a while."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for prefix in REGISTERED:
+        for name, formula in FLOPS.items():
+            op = getattr(torch.ops.libmoe_fast, f"{prefix}_{name}")
+            if op not in flop_registry:
+                register_flop_formula(op)(formula)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Autograd
 
@@ -325,15 +344,9 @@ def register(prefix: str, ops: FusedOps) -> None:
         "experts": _experts_fake,
         "experts_backward": _experts_backward_fake,
     }
-    flops = {
-        "dispatch": _dispatch_flops,
-        "dispatch_backward": _dispatch_backward_flops,
-        "experts": _experts_flops,
-        "experts_backward": _experts_backward_flops,
-    }
     for name, fake in fakes.items():
         torch.library.register_fake(f"libmoe_fast::{prefix}_{name}", fake)
-        register_flop_formula(getattr(torch.ops.libmoe_fast, f"{prefix}_{name}"))(flops[name])
+    REGISTERED.append(prefix)
 
     learning = {
         "dispatch": differentiable(ops.dispatch, _dispatch_setup, functools.partial(_dispatch_backward, ops)),

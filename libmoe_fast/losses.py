@@ -28,10 +28,16 @@ def balance_loss(
     if tokens == 0:
         return probs.sum()
     chosen = index[:, :1] if over == "top1" else index  # [T, 1 or K]
-    hits = chosen.unsqueeze(-1) == torch.arange(num_experts, device=index.device)  # [T, 1 or K, N]
-    share = hits.to(probs.dtype).mean(1).view(sequences, -1, num_experts).mean(1)  # f [sequences, N]
+    share = (
+        hits(chosen, num_experts).to(probs.dtype).mean(1).view(sequences, -1, num_experts).mean(1)
+    )  # f [sequences, N]
     mean_probs = probs.view(sequences, -1, num_experts).mean(1)  # P [sequences, N]
     return num_experts * (share * mean_probs).sum(-1).mean()
+
+
+def hits(index: Tensor, num_experts: int) -> Tensor:
+    """index [T, K] -> [T, K, N] bool: whether a choice is expert i; of a number outside, it is nobody's."""
+    return index.unsqueeze(-1) == torch.arange(num_experts, device=index.device)
 
 
 def z_loss(logits: Tensor) -> Tensor:

@@ -117,17 +117,20 @@ def route(
     return recomputed(reference.route, x, weight, bias, **options)  # else float32 copies of x would be kept
 
 
-def with_losses(routing: Routing, options: LossOptions, spec: RouterSpec) -> Routing:
-    """Adds the auxiliary losses to a routing that does not have them yet, attached if `options` say so."""
+def with_losses(routing: Routing, options: LossOptions, spec: RouterSpec, *, more: Tensor | float = 0.0) -> Routing:
+    """Adds the auxiliary losses to a routing that does not have them yet, attached if `options` say so.
+
+    more: a loss of the router's own, in their total. A choice outside of the N experts is nobody's.
+    """
     if routing.aux is not None:
         return routing
-    hits = routing.index.unsqueeze(-1) == torch.arange(spec.num_experts, device=routing.index.device)  # [T, K, N]
-    share = hits.sum((0, 1)) / max(routing.index.numel(), 1)  # [N]
+    hits = losses.hits(routing.index, spec.num_experts)  # [T, K, N]
+    share = hits.sum((0, 1)) / hits.sum().clamp_min(1)  # [N]
     if not spec.aux:
         return routing._replace(aux=AuxLosses(None, None, None, share))
     balance = losses.balance_loss(routing.probs, routing.index, sequences=options.sequences, over=options.over)
     z = losses.z_loss(routing.logits)
-    total = options.balance_coef * balance + options.z_coef * z
+    total = options.balance_coef * balance + options.z_coef * z + more
     weights = routing.weights
     if options.aux_scale is not None:
         weights = attach_aux_loss(weights, total, options.aux_scale)

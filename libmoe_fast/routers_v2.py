@@ -14,7 +14,6 @@ from libmoe_fast import losses, ops, reference
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.routers import Router, register_router
 from libmoe_fast.spec import (
-    AuxLosses,
     LossOptions,
     RouterSpec,
     Routing,
@@ -49,19 +48,16 @@ class XMoERouter(Router):
         if proj_dim is not None and not (isinstance(proj_dim, int) and proj_dim >= 1):
             raise ConfigError(f"proj_dim is {proj_dim!r}; it must be at least 1, or None for half the experts")
         proj_dim = proj_dim or max(num_experts // 2, 1)
+        self.temperature, self.norm = temperature, norm
         spec = RouterSpec(num_experts=num_experts, top_k=top_k, gate="softmax")
         super().__init__(proj_dim, spec, device=device, dtype=dtype)
         self.projection = nn.Linear(dim, proj_dim, bias=False, device=device, dtype=dtype)
-        self.temperature, self.norm = temperature, norm
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Embeddings start at their length, which decides how far a step of an optimiser turns them."""
         super().reset_parameters()
-        if hasattr(self, "norm"):
-            with torch.no_grad():
-                self.weight.copy_(self.norm * F.normalize(self.weight, dim=-1))
-            self.projection.reset_parameters()
+        with torch.no_grad():
+            self.weight.copy_(self.norm * F.normalize(self.weight, dim=-1))
 
     def forward(self, x: Tensor, **context) -> Routing:
         # Recomputed, so that no float32 copy of x is kept.
@@ -164,8 +160,8 @@ class SharedV3Router(SharedExpertRouter):
     def forward(self, x: Tensor, **context) -> Routing:
         routing = super().forward(x, **context)
         if self.bias_rate and self.training and not ops.recomputing():
-            hits = routing.index.unsqueeze(-1) == torch.arange(self.routed.num_experts, device=x.device)  # [T, K, N-1]
-            self.load = hits.sum((0, 1)) + (0 if self.load is None else self.load)
+            load = losses.hits(routing.index, self.routed.num_experts).sum((0, 1))
+            self.load = load + (0 if self.load is None else self.load)
         return routing
 
     def set_progress(self, step: int, total: int) -> None:
@@ -225,21 +221,8 @@ class TCMoERouter(Router):
         base = positive + negative  # [T, N]
         probs = base / base.sum(-1, keepdim=True).clamp_min(torch.finfo(base.dtype).tiny)
         index = routing.index % N
-        aux = None
-        if loss_options is not None:
-            aux = self._losses(loss_options, index, chosen, probs, null, routing.logits - lowered)
-            if loss_options.aux_scale is not None:
-                weights = ops.attach_aux_loss(weights, aux.total, loss_options.aux_scale)
-        return Routing(index, weights, probs, routing.logits[:, :N], aux)
-
-    def _losses(
-        self, options: LossOptions, index: Tensor, chosen: Tensor, probs: Tensor, null: Tensor, scores: Tensor
-    ) -> AuxLosses:
-        N = self.spec.num_experts
-        counted = torch.where(chosen, index, N)  # null choices are nobody's
-        balance = losses.balance_loss(probs, counted, sequences=options.sequences, over=options.over)
-        z = losses.z_loss(scores)
-        reward = self.reward * null.sum(-1).mean() if null.shape[0] else null.sum()
-        hits = counted.unsqueeze(-1) == torch.arange(N, device=index.device)  # [T, K, N]
-        share = hits.sum((0, 1)) / hits.sum().clamp_min(1)
-        return AuxLosses(options.balance_coef * balance + options.z_coef * z - reward, balance, z, share)
+        ternary = Routing(torch.where(chosen, index, N), weights, probs, routing.logits - lowered)
+        if loss_options is not None:  # null choices are nobody's
+            reward = self.reward * null.sum(-1).mean() if null.shape[0] else null.sum()
+            ternary = ops.with_losses(ternary, loss_options, self.spec, more=-reward)
+        return ternary._replace(index=index, logits=routing.logits[:, :N])

@@ -235,6 +235,21 @@ def check(config: TrainConfig) -> None:
     """
     _require(bool(config.run.folder), "run.folder is not set; give the run a folder, as in --run.folder runs/stage1")
     _require(bool(config.data.file), "data.file is not set; name the LLaVA JSON file, as in --data.file train.json")
+    check_values(config)
+    _require(
+        config.engine.dtype != "fp16" or torch.cuda.is_available(),
+        "engine.dtype is fp16, but there is no GPU here; choose bf16 or fp32",
+    )
+    model = config.model
+    parts = model.vision_tower is not None and model.language_model is not None
+    _require(
+        (model.path is not None) != parts and (parts or not (model.vision_tower or model.language_model)),
+        "name either model.path (a LLaVA folder), or both model.vision_tower and model.language_model",
+    )
+
+
+def check_values(config: TrainConfig) -> None:
+    """The part of `check` that asks for no file and no GPU; raises the same."""
     furthest = max(config.optim.betas, key=lambda beta: abs(beta - 0.5))
     options = flatten(plain(config)) | {"each of optim.betas": furthest}
     for name, (low, high) in RANGES.items():
@@ -243,10 +258,6 @@ def check(config: TrainConfig) -> None:
         _require(fits, f"{name} is {value}; it must be {_range(low, high)}")
     _require(config.data.fraction > 0, "data.fraction is 0; it must be above 0, and at most 1")
     _require(config.optim.lr > 0, f"optim.lr is {config.optim.lr}; it must be positive")
-    _require(
-        config.engine.dtype != "fp16" or torch.cuda.is_available(),
-        "engine.dtype is fp16, but there is no GPU here; choose bf16 or fp32",
-    )
     _require(
         not config.engine.offload or config.engine.zero_stage > 0, "engine.offload needs engine.zero_stage 1, 2 or 3"
     )
@@ -281,11 +292,6 @@ def _check_deepspeed(settings: dict[str, Any]) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     _require(model.stage in (1, 2, 3), f"model.stage is {model.stage}; choose 1, 2 or 3")
-    parts = model.vision_tower is not None and model.language_model is not None
-    _require(
-        (model.path is not None) != parts and (parts or not (model.vision_tower or model.language_model)),
-        "name either model.path (a LLaVA folder), or both model.vision_tower and model.language_model",
-    )
     if model.scales is not None:
         check_scales(model.scales)
     if model.stage == 3:

@@ -10,8 +10,7 @@ DeepSpeed keeps of its own.
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from libmoe_fast import ops
 from libmoe_fast.errors import CheckpointError, ConfigError
+from libmoe_fast.fused import tell_flop_counter
 from libmoe_fast.multiscale import use_scales
-from libmoe_fast.spec import check_choice, check_not_negative
-from libmoe_fast.train.config import TrainConfig
+from libmoe_fast.spec import check_not_negative
+from libmoe_fast.train.config import TrainConfig, check_values
 from libmoe_fast.train.engine import recompute_activations
 from libmoe_fast.train.model import DTYPES, compose_config, image_tokens, prepare_stage
 from libmoe_fast.upcycle import moe_layers
@@ -34,7 +33,6 @@ GIB = 2**30
 LIVE_PARAMETERS = 10**9  # gathered at once: DeepSpeed's stage3_max_live_parameters
 BUCKET = 5 * 10**8  # elements of its buffers for reducing and gathering (reduce_bucket_size, allgather_bucket_size)
 CONTEXT = 1.0 * GIB  # the CUDA context, NCCL's buffers, kernels
-STATE = 12  # bytes of optimizer state per trained parameter: float32 weights and AdamW's two moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +201,7 @@ def plan(
         raise ConfigError(f"gpus is {gpus}; it must be at least 1")
     if not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation is {utilisation}; it must be above 0 and at most 1")
-    check_choice("model.stage", str(config.model.stage), tuple(map(str, CORPORA)))
+    check_values(config)
     given = {"samples": samples, "text_tokens": text_tokens, "images": images}
     corpus = replace(CORPORA[config.model.stage], **{name: value for name, value in given.items() if value is not None})
     for name in given:
@@ -216,7 +214,6 @@ def plan(
     if config.optim.max_steps is not None:
         steps = min(steps, config.optim.max_steps)
     memory, host = memory_of(measured, config, gpus)
-    state = STATE if config.engine.dtype != "fp32" else STATE - 4  # the weights are their own master copy
     return Plan(
         measured=measured,
         corpus=corpus,
@@ -227,7 +224,7 @@ def plan(
         flops=measured.flops / measured.batch * batch * steps,
         memory=memory,
         host=host,
-        checkpoint=measured.total * measured.weight_bytes + measured.trained * state,
+        checkpoint=measured.total * measured.weight_bytes + measured.trained * state_bytes(config),
         final=measured.total * measured.weight_bytes,
         notes=notes(config, setting),
     )
@@ -259,14 +256,18 @@ def notes(config: TrainConfig, setting: Setting | None) -> list[str]:
     return said
 
 
+def state_bytes(config: TrainConfig) -> int:
+    """Of the optimizer, per trained parameter: AdamW's two moments, and float32 weights where the model's are not."""
+    return 8 if config.engine.dtype == "fp32" else 12
+
+
 def memory_of(measured: Measured, config: TrainConfig, gpus: int) -> tuple[dict[str, float], float]:
     """(part -> bytes on one GPU, bytes on the host), after what ZeRO shards at its stage and what is offloaded."""
     stage, offload = config.engine.zero_stage, config.engine.offload
     size = measured.weight_bytes
-    state = STATE if config.engine.dtype != "fp32" else STATE - 4
     weights = measured.total * size / (gpus if stage == 3 else 1)
     gradients = measured.trained * size / (gpus if stage >= 2 else 1)
-    optimizer = measured.trained * state / (gpus if stage >= 1 else 1)
+    optimizer = measured.trained * state_bytes(config) / (gpus if stage >= 1 else 1)
     host = 0.0
     if offload:
         host = (optimizer + gradients) * (gpus if stage >= 1 else 1)
@@ -307,13 +308,13 @@ def measure(config: TrainConfig, *, vision: str, language: str, scales: Sequence
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     sizes = {"images": images, "batch": batch, "length": length, "dtype": dtype}
-    with fused_attention(model):
-        with LiveBytes(model) as live:
-            run_batch(model, **sizes)
-        flops = _flops(model, sizes)
-        if images != batch * corpus.images:  # a batch has whole images, and samples on average have not
-            alone = _flops(model, sizes | {"images": 0})
-            flops = alone + (flops - alone) * batch * corpus.images / images if images else alone
+    fuse_attention(model)
+    with LiveBytes(model) as live:
+        run_batch(model, **sizes)
+    flops = _flops(model, sizes)
+    if images and images != batch * corpus.images:  # a batch has whole images, and samples on average have not
+        alone = _flops(model, sizes | {"images": 0})
+        flops = alone + (flops - alone) * batch * corpus.images / images
     layers = moe_layers(model).values()
     idle = sum(
         parameter.numel() * (1 - layer.router.spec.top_k / layer.experts.num_experts)
@@ -335,7 +336,10 @@ def measure(config: TrainConfig, *, vision: str, language: str, scales: Sequence
 
 
 def _flops(model: nn.Module, sizes: dict[str, Any]) -> float:
-    """Without LiveBytes: the counter's hooks keep tensors alive."""
+    """Without LiveBytes: the counter's hooks keep tensors alive. After it: then the backend's ops are there."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tell_flop_counter()
     with FlopCounterMode(display=False) as flops:
         run_batch(model, **sizes)
     return flops.get_total_flops()
@@ -407,9 +411,8 @@ def run_batch(model: nn.Module, *, images: int, batch: int, length: int, dtype: 
     nn.functional.cross_entropy(logits.view(batch * length, -1), labels).backward()
 
 
-@contextmanager
-def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, attention is the one operation that it is on a GPU; on the meta device torch would write it out."""
+def fuse_attention(model: nn.Module) -> None:
+    """Makes attention the one operation that it is on a GPU; on the meta device torch would write it out."""
     from transformers import AttentionInterface
 
     def attention(module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, **_options):
@@ -420,7 +423,6 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
 
     AttentionInterface.register("libmoe_fast_plan", attention)
     model.set_attn_implementation("libmoe_fast_plan")
-    yield
 
 
 class LiveBytes(TorchDispatchMode):

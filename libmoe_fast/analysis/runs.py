@@ -152,17 +152,19 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
     name = home.resolve().name if home == root else str(home.relative_to(root))
-    run = Run(name, home, *_router_and_encoder(home, evaluations), _read_log(home / LOG))
-    dropped = [path for path in evaluations if DROPPED in read_results(path)["checkpoint"]]
-    for path in dropped:
-        run.without_top1.update(read_results(path)["scores"])
-    evaluations = [path for path in evaluations if path not in dropped]
-    run.evaluations, run.settings = evaluations, _settings(home / "config.yaml")
+    results = {path: read_results(path) for path in evaluations}
+    checkpoints = [Path(found["checkpoint"]["path"]) for found in results.values()]
+    run = Run(name, home, *_router_and_encoder([home / "final", *checkpoints]), _read_log(home / LOG))
+    run.settings = _settings(home / "config.yaml")
     for step, path in exports_of(home):
         if (found := read_results(path / "eval")) is not None:
             run.history[step] = found["scores"]
-    for path in evaluations:
-        run.scores.update(read_results(path)["scores"])
+    for path, found in results.items():
+        if DROPPED in found["checkpoint"]:
+            run.without_top1.update(found["scores"])
+            continue
+        run.evaluations.append(path)
+        run.scores.update(found["scores"])
         if (path / ROUTING).is_file():
             counts = RoutingCounts.load(path / ROUTING)
             if run.counts is None or run.counts.layers != counts.layers:
@@ -196,10 +198,10 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _router_and_encoder(home: Path, evaluations: list[Path]) -> tuple[str | None, str | None]:
-    """Of the checkpoint: the run's own, or the one its evaluation read."""
+def _router_and_encoder(checkpoints: list[Path]) -> tuple[str | None, str | None]:
+    """Of the first that says: the run's own checkpoint, or the one its evaluation read."""
     router = encoder = None
-    for checkpoint in (home / "final", *(Path(read_results(path)["checkpoint"]["path"]) for path in evaluations)):
+    for checkpoint in checkpoints:
         layers = _json(checkpoint / "libmoe_fast.json").get("layers")
         if router is None and isinstance(layers, dict):
             router = "+".join(sorted({str(layer["router"]) for layer in layers.values()})) or None

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from libmoe_fast import ConfigError, MoE, moe_layers
 from libmoe_fast.cli import main
+from libmoe_fast.fused import tell_flop_counter
 from libmoe_fast.routers import COMPARED
 from libmoe_fast.train import plan as planning
 from libmoe_fast.train.config import EngineConfig, ModelConfig, OptimConfig, TrainConfig
@@ -81,6 +82,7 @@ def test_operations_of_the_layer():
     T, D, H, O, N, K = 7, 12, 20, 8, 5, 2
     moe = MoE(D, H, O, num_experts=N, top_k=K, backend=planning.counted_backend(), aux_mode="off")
     x = torch.randn(T, D, requires_grad=True)
+    tell_flop_counter()
     once, gate = 2 * T * K * (D * H + H * O), 2 * T * N * D
     with FlopCounterMode(display=False) as flops:
         y = moe(x)
@@ -236,3 +238,11 @@ def test_samples_without_an_image_take_none_of_its_operations():
     assert counts[0.5] == pytest.approx(counts[0.0] + eye / 2, rel=1e-6)
     assert counts[0.75] == pytest.approx(counts[0.0] + 0.75 * eye, rel=1e-6)
     assert eye > 0.1 * counts[0.0]
+
+
+@pytest.mark.parametrize("option", [("optim.batch_size", "0"), ("engine.zero_stage", "4"), ("model.stage", "5")])
+def test_settings_that_training_refuses_are_refused(option, capsys):
+    """Before anything is counted, and in the same words."""
+    command = ["plan", "--vision", "small eye", "--language", "small", f"--{option[0]}", option[1]]
+    assert main(command) == 2
+    assert f"{option[0]} is {option[1]}" in capsys.readouterr().err
