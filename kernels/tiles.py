@@ -2,8 +2,9 @@
 
 16-bit    bfloat16, float16
 tf32      float32 cut to 10 bits on tensor cores, where the user allowed it
-tf32x3    float32 as three such products, which keep nearly all of its bits; on request
-ieee      float32 as it is: no tensor cores on NVIDIA, so small tiles, whose operands all lie in registers
+tf32x3    float32 as three such products, which keep nearly all of its bits: the default on NVIDIA
+ieee      float32 as it is, where torch is told so: no tensor cores on NVIDIA, so small tiles, whose operands all lie in
+          registers
 """
 
 from collections.abc import Iterable

@@ -156,6 +156,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(experts, "architecture", lambda device: "sm90")
     monkeypatch.delenv(experts.FP32_VARIABLE, raising=False)
     before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "none"  # as in a new process
     yield
     torch.backends.cuda.matmul.fp32_precision = before
 
@@ -163,17 +164,23 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize(
     ("allow", "expected"),
     [
+        (lambda matmul: None, "tf32x3"),
         (lambda matmul: setattr(matmul, "fp32_precision", "ieee"), "ieee"),
         (lambda matmul: setattr(matmul, "fp32_precision", "tf32"), "tf32"),
         (lambda matmul: setattr(matmul, "allow_tf32", True), "tf32"),
         (lambda matmul: setattr(matmul, "allow_tf32", False), "ieee"),
     ],
-    ids=["new-ieee", "new-tf32", "old-tf32", "old-ieee"],
+    ids=["nothing", "new-ieee", "new-tf32", "old-tf32", "old-ieee"],
 )
 def test_tf32_only_where_allowed(allow, expected, compiled):
     allow(torch.backends.cuda.matmul)
     assert experts.precision(FLOAT32) == expected
     assert experts.precision(BFLOAT16) == "ieee"
+
+
+def test_amd_multiplies_float32_as_it_is(compiled, monkeypatch):
+    monkeypatch.setattr(experts, "architecture", lambda device: "gfx942")
+    assert experts.precision(FLOAT32) == "ieee"
 
 
 def test_precision_never_reads_the_switch_that_raises(compiled, monkeypatch):

@@ -33,7 +33,7 @@ OPERANDS = {
     "float16": (torch.float16, "ieee"),
     "float32-ieee": (torch.float32, "ieee"),
     "float32-tf32": (torch.float32, "tf32"),  # beside PyTorch's own tf32
-    "float32-tf32x3": (torch.float32, "tf32x3"),  # beside PyTorch's full precision: may it be the default?
+    "float32-tf32x3": (torch.float32, "tf32x3"),  # beside PyTorch's full precision: what lets it be the default
 }
 # cuBLAS rounds float32 to tf32; Triton leaves it to the tensor cores, which cut. A cut operand is too small by 2^-11 of
 # its power of two on average, 1 / (2 ln 2) of that of itself, and nothing evens that out. In a gated layer up to eight
