@@ -6,6 +6,7 @@ tensors' device. One asked for by name that cannot work is an error, never anoth
     reference   plain PyTorch (reference.py), anywhere
     cpu         fused routing and experts in C++ (csrc/, cpu_backend.py), on CPU tensors
     triton      the same in Triton (kernels/, triton_backend.py), on CUDA and ROCm, and in the interpreter
+    megablocks  the experts as megablocks' grouped GEMMs (megablocks_backend.py), on CUDA; only where asked for
 """
 
 import importlib.util
@@ -17,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from libmoe_fast import cpu_backend, extension, fused, losses, reference
+from libmoe_fast import cpu_backend, extension, fused, losses, megablocks_backend, reference
 from libmoe_fast.errors import BackendError
 from libmoe_fast.spec import AuxLosses, LossOptions, RouterSpec, Routing
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "megablocks")
 ENVIRONMENT_VARIABLE = "LIBMOE_FAST_BACKEND"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = {"triton": TRITON_DTYPES, "megablocks": megablocks_backend.DTYPES}  # the others take every one
 
 _extension = extension.load()
 extension.load_cuda()  # the same ops for CUDA tensors, where it is there; `doctor` says why where it is not
@@ -46,6 +48,8 @@ def _missing(backend: str) -> str | None:
         return None if _extension.loaded else f"{_extension.reason}; {_extension.hint}"
     if not _triton_installed:
         return "triton is not installed; pip install triton"
+    if backend == "megablocks":
+        return megablocks_backend.missing()
     if interpreted() or torch.cuda.is_available():
         return None
     return "there is no GPU; run on one, or set TRITON_INTERPRET=1 before Python starts to debug the kernels on the CPU"
@@ -68,18 +72,23 @@ def choose_backend(requested: str | None, device: torch.device, dtype: torch.dty
         raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if reason := _missing(name):
         raise BackendError(f"backend {name!r} is not usable here: {reason}")
-    here = device.type if name == "reference" else "cpu" if name == "cpu" or interpreted() else "cuda"
+    on_cpu = name == "cpu" or (name == "triton" and interpreted())
+    here = device.type if name == "reference" else "cpu" if on_cpu else "cuda"
     if device.type not in (here, "meta"):
         raise BackendError(
             f"backend {name!r} was asked for, but the tokens are on {device}; move them, or choose another"
         )
-    if name == "triton" and dtype not in TRITON_DTYPES:
-        raise BackendError(f"backend 'triton' takes bfloat16, float16 and float32, but the tokens are {dtype}")
+    if name in DTYPES and dtype not in DTYPES[name]:
+        taken = ", ".join(str(each).removeprefix("torch.") for each in DTYPES[name])
+        raise BackendError(f"backend {name!r} takes {taken}, but the tokens are {dtype}")
     return name
 
 
 def fused_ops(backend: str, x: Tensor) -> fused.FusedOps | None:
-    """The ops of `backend` for tokens x [T, D]; None for reference.py, which also serves no tokens on GPUs."""
+    """The ops of `backend` for tokens x [T, D]; None for reference.py, which also serves no tokens on GPUs.
+
+    For `megablocks`, which has experts only, those that route.
+    """
     if backend == "cpu":
         return cpu_backend.OPS
     if backend == "reference" or x.shape[0] == 0:
@@ -151,8 +160,10 @@ def experts(
 ) -> Tensor:
     """Runs the chosen experts, y [T, O]; weights as in `reference.experts`. Dropless, deterministic."""
     options = {"activation": activation, "gated": gated}
-    if ops := fused_ops(choose_backend(backend, x.device, x.dtype), x):
-        return fused.experts(ops, x, routing, w1, b1, w2, b2, **options)
+    name = choose_backend(backend, x.device, x.dtype)
+    if ops := fused_ops(name, x):
+        engine = megablocks_backend if name == "megablocks" else fused
+        return engine.experts(ops, x, routing, w1, b1, w2, b2, **options)
     inputs = (x, routing.weights, routing.index, w1, b1, w2, b2)
     return recomputed(reference.experts, *inputs, **options)  # else N T H numbers and more would be kept
 

@@ -81,7 +81,7 @@ def test_saved_for_backward_is_x_z_and_routing(permutation):
 def test_choice_of_backend(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(ops, "_triton_installed", True)
-    assert available_backends().keys() == {"reference", "cpu", "triton"}
+    assert available_backends().keys() == {"reference", "cpu", "triton", "megablocks"}
     assert available_backends()["cpu"] is None
     assert ops.choose_backend(None, cpu) == "cpu"
     assert ops.choose_backend(None, cuda) == "triton"
