@@ -32,6 +32,8 @@ from libmoe_fast.layer import MoE
 from libmoe_fast.reference import ACTIVATIONS, accumulation_dtype, activate
 from libmoe_fast.spec import Routing
 
+PARAMETERS = ("w1", "bias1", "w2", "bias2")  # of Experts
+
 # A peer that copies weights or builds one-hot tensors is left out of a case where these alone pass this size.
 TEMPORARY_LIMIT = 4 * 2**30
 
@@ -95,7 +97,7 @@ class Peer(nn.Module):
         raise NotImplementedError
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients in our layout: w1, b1, w2, b2, those that there are."""
+        """Gradients in our layout: PARAMETERS, those that there are."""
         raise NotImplementedError
 
 
@@ -104,7 +106,7 @@ class PerExpert(Peer):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__(experts)
-        for name in ("w1", "b1", "w2", "b2"):
+        for name in PARAMETERS:
             stacked = getattr(experts, name)
             rows = () if stacked is None else stacked.detach().unbind()
             setattr(self, f"all_{name}", nn.ParameterList(nn.Parameter(row) for row in rows))
@@ -115,12 +117,12 @@ class PerExpert(Peer):
 
     def mlp(self, e: int, x: Tensor) -> Tensor:
         """x [rows, D] -> [rows, O] by expert e."""
-        b1, b2 = (biases[e] if len(biases) else None for biases in (self.all_b1, self.all_b2))
+        b1, b2 = (biases[e] if len(biases) else None for biases in (self.all_bias1, self.all_bias2))
         z = F.linear(x, self.all_w1[e], b1)
         return F.linear(activate(z, self.activation, self.gated), self.all_w2[e], b2)
 
     def gradients(self) -> dict[str, Tensor]:
-        lists = {name: getattr(self, f"all_{name}") for name in ("w1", "b1", "w2", "b2")}
+        lists = {name: getattr(self, f"all_{name}") for name in PARAMETERS}
         return {
             name: torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
             for name, parameters in lists.items()
@@ -156,7 +158,7 @@ class Stacked(Peer):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__(experts)
-        for name in ("w1", "b1", "w2", "b2"):
+        for name in PARAMETERS:
             stacked = getattr(experts, name)
             self.register_parameter(name, None if stacked is None else nn.Parameter(stacked.detach()))
 
@@ -176,11 +178,11 @@ class GroupedMM(Stacked):
         expert = flat[order]
         ends = torch.bincount(flat, minlength=self.num_experts).cumsum(0).int()  # [N]
         z = F.grouped_mm(x[order // routing.index.shape[1]], self.w1.transpose(1, 2), offs=ends)  # [T*K, H or 2H]
-        if self.b1 is not None:
-            z = z + self.b1[expert]
+        if self.bias1 is not None:
+            z = z + self.bias1[expert]
         y = F.grouped_mm(activate(z, self.activation, self.gated), self.w2.transpose(1, 2), offs=ends)  # [T*K, O]
-        if self.b2 is not None:
-            y = y + self.b2[expert]
+        if self.bias2 is not None:
+            y = y + self.bias2[expert]
         y = y * routing.weights.flatten()[order].unsqueeze(1).to(x.dtype)
         return y[order.argsort()].view(x.shape[0], -1, self.out_features).sum(1)
 
@@ -234,7 +236,7 @@ class _HuggingFaceExperts(nn.Module):
         first = "gate_up_proj" if weights.gated else "up_proj"
         for name, parameter in ((first, weights.w1), ("down_proj", weights.w2)):
             setattr(self, name, parameter)
-        for name, parameter in ((f"{first}_bias", weights.b1), ("down_proj_bias", weights.b2)):
+        for name, parameter in ((f"{first}_bias", weights.bias1), ("down_proj_bias", weights.bias2)):
             setattr(self, name, parameter)
         self.num_experts, self.act_fn = weights.num_experts, ACTIVATIONS[weights.activation]
 

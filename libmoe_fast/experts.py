@@ -16,10 +16,12 @@ from libmoe_fast.spec import Routing, check_choice, check_size
 
 
 class Experts(nn.Module):
-    """N two-layer MLPs as stacked tensors: w1 [N, H, D] ([N, 2H, D] gated), b1 [N, H or 2H], w2 [N, O, H], b2 [N, O].
+    """N two-layer MLPs as stacked tensors: w1 [N, H, D] ([N, 2H, D] gated), bias1 [N, H or 2H],
+    w2 [N, O, H], bias2 [N, O].
 
     activation: one of reference.ACTIVATIONS. gated: act(gate) * up, w1 holding gate rows, then up rows.
-    bias: for both layers, or a pair (first, second).
+    bias: for both layers, or a pair (first, second). They are called biases in full for those who go by names, such as
+    transformers' Trainer, which decays no parameter called "bias".
     """
 
     def __init__(
@@ -53,14 +55,14 @@ class Experts(nn.Module):
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
 
         self.w1 = parameter(up_rows, in_features)
-        self.b1 = parameter(up_rows) if self.bias[0] else None
+        self.bias1 = parameter(up_rows) if self.bias[0] else None
         self.w2 = parameter(out_features, hidden_features)
-        self.b2 = parameter(out_features) if self.bias[1] else None
+        self.bias2 = parameter(out_features) if self.bias[1] else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As nn.Linear initialises each expert's layers: uniform within 1 / sqrt(fan-in)."""
-        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+        for weight, bias in ((self.w1, self.bias1), (self.w2, self.bias2)):
             bound = 1 / math.sqrt(weight.shape[2])
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
@@ -89,16 +91,23 @@ class Experts(nn.Module):
             bias=(parts.b1 is not None, parts.b2 is not None),
             device="meta",  # shapes only: the parameters are replaced below
         )
-        for name in ("w1", "b1", "w2", "b2"):
-            dense = getattr(parts, name)
+        names = {"w1": parts.w1, "bias1": parts.b1, "w2": parts.w2, "bias2": parts.b2}
+        for name, dense in names.items():
             if dense is not None:
                 stacked = dense.detach().expand(num_experts, *dense.shape).clone()  # [N, ...]
                 setattr(experts, name, nn.Parameter(stacked, requires_grad=dense.requires_grad))
         return experts
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        """Reads also what was saved when the biases were called b1 and b2."""
+        for number in "12":
+            if (old := f"{prefix}b{number}") in state_dict:
+                state_dict[f"{prefix}bias{number}"] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, x: Tensor, routing: Routing, backend: str | None = None) -> Tensor:
         """x [T, D] -> [T, O]: the weighted sum of each token's chosen experts."""
-        tensors = (self.w1, self.b1, self.w2, self.b2)
+        tensors = (self.w1, self.bias1, self.w2, self.bias2)
         if x.dtype != self.w1.dtype:  # under autocast, as nn.Linear does
             tensors = (None if t is None else t.to(x.dtype) for t in tensors)
         return ops.experts(x, routing, *tensors, activation=self.activation, gated=self.gated, backend=backend)
@@ -207,7 +216,7 @@ def stack_dense(state: dict[str, Tensor], num_experts: int, *, gated: bool) -> d
         if {*firsts, second} == set(layers) and all(f"{layer}.weight" in state for layer in layers):
             stacked = {}
             for name, parts in (("1", firsts), ("2", (second,))):
-                for kind, field in (("w", "weight"), ("b", "bias")):
+                for kind, field in (("w", "weight"), ("bias", "bias")):
                     tensors = [state[key] for layer in parts if (key := f"{layer}.{field}") in state]
                     if tensors:
                         whole = torch.cat(tensors)

@@ -4,7 +4,7 @@ LLaVA, CuMo, LibMoE                                       Hugging Face LLaVA, ou
 model.embed_tokens, model.layers.i, model.norm, lm_head   language model
 model.vision_tower.vision_model.*                         vision tower
 model.mm_projector.0, .2                                  multi_modal_projector.linear_1, .linear_2
-*.moelayer.experts.e.fc1|0, .fc2|2                        *.experts.w1, .w2: all e stacked, [N, H, D], [N, O, H]
+*.moelayer.experts.e.fc1|0, .fc2|2                        *.experts.w1, .w2, .bias1, .bias2: stacked, [N, H, D], ...
 *.moelayer.gate, hyper_embedding, hypernet                *.router.weight, .bias, .embedding, .hypernet.*
 *.moelayer.expert_embeddings, inp_reduction (XMoE)        *.router.weight, .projection
 """
@@ -60,7 +60,7 @@ def our_name(name: str, prefixes: Mapping[str, str]) -> tuple[str, int | None]:
         # The projector is the layer itself; in the tower the layer is called mlp.
         layer = prefix if theirs == "model.mm_projector." else f"{prefix}{before}mlp."
         if expert := EXPERT.fullmatch(inside):
-            return f"{layer}experts.{'w' if expert[3] == 'weight' else 'b'}{NUMBER[expert[2]]}", int(expert[1])
+            return f"{layer}experts.{'w' if expert[3] == 'weight' else 'bias'}{NUMBER[expert[2]]}", int(expert[1])
         return layer + (GATE | XMOE_GATE).get(inside, inside), None
     if theirs == "model.mm_projector.":
         rest = next((ours + rest.removeprefix(old) for old, ours in PROJECTOR.items() if rest.startswith(old)), rest)
@@ -88,7 +88,7 @@ def their_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not inside.startswith("experts."):
             yield place + gate[inside], tensor[None] if inside == "router.embedding" else tensor
             continue
-        number, kind = int(inside[-1]), {"w": "weight", "b": "bias"}[inside[-2]]
+        number, kind = int(inside[-1]), "bias" if "bias" in inside else "weight"
         linear_name = ("0", "2")[number - 1] if theirs == "model.mm_projector." else f"fc{number}"
         for expert, part in enumerate(tensor.unbind()):
             yield f"{place}experts.{expert}.{linear_name}.{kind}", part.clone()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from libmoe_fast import ops
 from libmoe_fast.errors import ConfigError
+from libmoe_fast.reference import accumulation_dtype
 from libmoe_fast.spec import RouterSpec, Routing, check_choice, check_positive
 
 GENERATED_AT_A_TIME = 8192  # rows of the hypernetwork's second layer
@@ -167,7 +168,7 @@ class SMoERouter(Router):
 class CosineRouter(Router):
     """Cosine gate (Chi et al. 2022): softmax(cos / temperature), bias on the selection score, softmax over the chosen.
 
-    temperature: fixed, or the start of a learned one (`learn_temperature`; kept positive as exp(log_temperature)).
+    temperature: fixed, or the start of a learned one (`learn_temperature`; see Temperature).
     proj_dim: score in a learned low-dimensional projection of x (Chi et al., section 3.2); None scores x itself.
     """
 
@@ -194,18 +195,31 @@ class CosineRouter(Router):
         super().__init__(proj_dim or dim, spec, device=device, dtype=dtype)
         self.projection = nn.Linear(dim, proj_dim, bias=False, device=device, dtype=dtype) if proj_dim else None
         self.temperature = temperature
-        if learn_temperature:
-            start = torch.full((), math.log(temperature), device=device, dtype=dtype)
-            self.log_temperature = nn.Parameter(start)
-        else:
-            self.register_parameter("log_temperature", None)
+        # Called norm, as it scales cosines, and because transformers' Trainer decays no parameter inside of a norm.
+        self.norm = Temperature(temperature, device=device, dtype=dtype) if learn_temperature else None
 
     def forward(self, x: Tensor, **context) -> Routing:
         if self.projection is not None:
             # Recomputed, so that no float32 copy of x is kept.
             x = ops.recomputed(ops.float_linear, x, self.projection.weight)  # [T, proj_dim]
-        temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()
+        temperature = self.temperature if self.norm is None else self.norm()
         return ops.route(x, self.weight, self.bias, spec=self.spec, temperature=temperature, **context)
+
+
+class Temperature(nn.Module):
+    """A learned one, kept positive as exp(log_temperature)."""
+
+    def __init__(self, start: float, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.start = start
+        self.log_temperature = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.log_temperature, math.log(self.start))
+
+    def forward(self) -> Tensor:
+        return self.log_temperature.to(accumulation_dtype(self.log_temperature.dtype)).exp()
 
 
 @register_router("perturbed_cosine")

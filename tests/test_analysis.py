@@ -483,8 +483,8 @@ def test_a_layer_without_first_experts(router):
     for t in range(5):
         left = routing.weights[t, 1:] / routing.weights[t, 1:].sum()
         for w, e in zip(left, routing.index[t, 1:], strict=True):
-            hidden = F.gelu(moe.experts.w1[e] @ x[t] + moe.experts.b1[e])
-            expected[t] += w * (moe.experts.w2[e] @ hidden + moe.experts.b2[e])
+            hidden = F.gelu(moe.experts.w1[e] @ x[t] + moe.experts.bias1[e])
+            expected[t] += w * (moe.experts.w2[e] @ hidden + moe.experts.bias2[e])
     torch.testing.assert_close(moe(x), expected)
 
 

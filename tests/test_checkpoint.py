@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -283,3 +284,26 @@ def test_zero3_weights_can_be_given(dense, tmp_path):
     gathered = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     save_model(model, tmp_path / "m", state_dict=gathered)
     assert not any(p.any() for p in libmoe_fast.load_model(tmp_path / "m").parameters())
+
+
+def test_biases_under_their_old_names_are_read(dense):
+    """Files that were written when they were experts.b1 and experts.b2."""
+    model = upcycle(copy.deepcopy(dense[0]), router="smoe", num_experts=3)
+    old = {re.sub(r"experts\.bias(\d)$", r"experts.b\1", n): t + 0.5 for n, t in model.state_dict().items()}
+    assert "experts.b1" in " ".join(old)
+    model.load_state_dict(old)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, old[re.sub(r"experts\.bias(\d)$", r"experts.b\1", name)])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_transformers_trainer_decays_weights_alone(dense, router):
+    """It goes by names: "bias", and what lies in a "norm"."""
+    from transformers import Trainer
+
+    model = upcycle(copy.deepcopy(dense[0]), router=router, router_options=OPTIONS.get(router), num_experts=3)
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    own = {f"{place}.{name}": p for place, layer in moe_layers(model).items() for name, p in layer.named_parameters()}
+    spared = own.keys() - decayed
+    assert {name for name, p in own.items() if "bias" in name or p.ndim == 0} == spared
+    assert all(f"{place}.experts.bias{number}" in spared for place in moe_layers(model) for number in (1, 2))

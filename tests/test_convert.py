@@ -79,10 +79,10 @@ def moe_names(model):
             expert = f"{place}.moelayer.experts.{e}"
             state[f"{expert}.{first}.weight"], state[f"{expert}.{first}.bias"] = (
                 layer.experts.w1[e],
-                layer.experts.b1[e],
+                layer.experts.bias1[e],
             )
             state[f"{expert}.{second}.weight"] = layer.experts.w2[e]
-            state[f"{expert}.{second}.bias"] = layer.experts.b2[e]
+            state[f"{expert}.{second}.bias"] = layer.experts.bias2[e]
         if layer.router_name == "hyper":
             net = layer.router.hypernet
             state[f"{place}.moelayer.hyper_embedding"] = layer.router.embedding[None]

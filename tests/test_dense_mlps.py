@@ -125,7 +125,7 @@ def test_weights_of_nan_are_copied():
     """A broken checkpoint is not an MLP of another kind."""
     mlp = MLP()
     nn.init.constant_(mlp.fc2.bias, torch.nan)
-    assert MoE.from_dense(mlp).experts.b2.isnan().all()
+    assert MoE.from_dense(mlp).experts.bias2.isnan().all()
 
 
 def test_functional_activation_needs_a_module():

@@ -44,10 +44,10 @@ def per_token(x, index, weights, experts):
         y = torch.zeros(experts.out_features, dtype=x.dtype)
         for k in range(index.shape[1]):
             e = index[t, k]
-            z = experts.w1[e] @ x[t] + (experts.b1[e] if experts.b1 is not None else 0)
+            z = experts.w1[e] @ x[t] + (experts.bias1[e] if experts.bias1 is not None else 0)
             y = y + weights[t, k] * (
                 experts.w2[e] @ activate(z, experts.activation, experts.gated)
-                + (experts.b2[e] if experts.b2 is not None else 0)
+                + (experts.bias2[e] if experts.bias2 is not None else 0)
             )
         rows.append(y)
     return torch.stack(rows) if rows else x.new_zeros(0, experts.out_features)
@@ -234,8 +234,8 @@ def test_one_choice_learns_from_its_probability(router, backend, recwarn):
     scores = x @ moe.router.weight.T + (0 if moe.router.bias is None else moe.router.bias)
     p, chosen = (scores.softmax(-1) if router == "smoe" else scores.sigmoid()).max(-1)
     experts = moe.experts
-    a = F.gelu(torch.einsum("thd,td->th", experts.w1[chosen], x) + experts.b1[chosen])
-    expected = torch.einsum("toh,th->to", experts.w2[chosen], a) + experts.b2[chosen]
+    a = F.gelu(torch.einsum("thd,td->th", experts.w1[chosen], x) + experts.bias1[chosen])
+    expected = torch.einsum("toh,th->to", experts.w2[chosen], a) + experts.bias2[chosen]
     torch.testing.assert_close(y, p.unsqueeze(1) * expected)
     y.square().sum().backward()
     assert moe.router.weight.grad.abs().max() > 1e-3

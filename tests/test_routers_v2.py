@@ -36,8 +36,8 @@ def layer(router, backend=None, **options):
 
 def expert(moe, e, x):
     experts = moe.experts
-    hidden = reference.activate(F.linear(x, experts.w1[e], experts.b1[e]), experts.activation, experts.gated)
-    return F.linear(hidden, experts.w2[e], experts.b2[e])
+    hidden = reference.activate(F.linear(x, experts.w1[e], experts.bias1[e]), experts.activation, experts.gated)
+    return F.linear(hidden, experts.w2[e], experts.bias2[e])
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
