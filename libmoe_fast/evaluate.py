@@ -34,12 +34,14 @@ from libmoe_fast.analysis.results import (
     ROUTING,
     evaluation_folder,
     read_results,
+    run_folder,
 )
+from libmoe_fast.analysis.runs import settings_of
 from libmoe_fast.columns import BENCHMARKS, SUITES
 from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, LibMoEError, in_one_line
 from libmoe_fast.files import write_atomically
 
-ANSWERS_FORMAT = 1  # of a line in answers/; a change makes older ones unread
+ANSWERS_FORMAT = 2  # of a line in answers/; a change makes older ones unread
 LONGEST_WAIT = timedelta(days=7)  # for another process's share of a task
 ONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
@@ -56,6 +58,7 @@ class EvaluateConfig:
         hub_folder: folder with local copies of the hub's data sets, laid out like it (lmms-lab-encoder/POPE/...)
         record_choices: keep which experts each image token was sent to, for the report on changes between checkpoints
             (7 kB per image for CLIP-L with 4 experts)
+        record_outputs: compare what the chosen experts of an image token put out, which runs each of them once more
         drop_top1: take each token's first expert away and give its weight to the others, to see what it was worth; into
             eval-without-top1/ beside eval/
         out: folder for results.json, routing.json and the answers; default: eval/ beside the checkpoint
@@ -75,6 +78,7 @@ class EvaluateConfig:
     accept_failed_judgements: bool = False
     hub_folder: str | None = None
     record_choices: bool = False
+    record_outputs: bool = False
     drop_top1: bool = False
     out: str | None = None
     include_path: list[str] = field(default_factory=list)
@@ -118,6 +122,10 @@ def evaluate(checkpoint: str | os.PathLike, config: EvaluateConfig) -> Outcome:
         for task in tasks:
             _evaluate_task(task, model, manager, config, done, ranks)
         model.close()
+    if ranks.rank == 0 and model.loaded and not config.drop_top1:
+        from libmoe_fast.analysis.weights import weight_distances
+
+        done.weigh(weight_distances(model.module, _dense_start(checkpoint)))
     if ranks.rank > 0:
         return Outcome({}, {})
     asked = {columns.BY_TASK[task][0] if task in columns.BY_TASK else task for task in tasks}
@@ -154,6 +162,13 @@ def _identify(checkpoint: Path) -> dict[str, Any]:
         "bytes": sum(s.st_size for s in status),
         "written": max(s.st_mtime_ns for s in status),
     }
+
+
+def _dense_start(checkpoint: Path) -> Path | None:
+    """The checkpoint that training upcycled, where the run says so and it is still there."""
+    model = (settings_of(run_folder(checkpoint)) or {}).get("model")
+    path = model.get("path") if isinstance(model, dict) else None
+    return Path(path) if isinstance(path, str) and Path(path).is_dir() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,6 +309,7 @@ def _model(checkpoint: Path, identity: dict[str, Any], config: EvaluateConfig, o
         max_new_tokens=config.max_new_tokens,
         answers=store,
         choices=config.record_choices,
+        outputs=config.record_outputs,
         drop_top1=config.drop_top1,
     )
     if store.empty:  # this checkpoint has answered nothing yet: that it cannot be loaded is better known now
@@ -454,7 +470,7 @@ class _Done:
         self.counts: RoutingCounts | None = None
         earlier = read_results(out)
         same = earlier is not None and earlier["checkpoint"] == identity
-        for key in ("scores", "questions", "results", "failures"):
+        for key in ("scores", "questions", "results", "failures", "weights"):
             self.content[key] = dict(earlier.get(key, {})) if same else {}
         if same and (out / ROUTING).is_file():
             self.counts = RoutingCounts.load(out / ROUTING)
@@ -475,6 +491,11 @@ class _Done:
             raise LibMoEError(unjudged)
         self.content["scores"] |= columns.scores(results["results"])
         self.content["failures"].pop(task, None)
+        self._write()
+
+    def weigh(self, distances: dict[str, dict[str, Any]]) -> None:
+        """How far the experts have moved, beside what they score."""
+        self.content["weights"] = distances
         self._write()
 
     def fail(self, task: str, reason: str) -> None:

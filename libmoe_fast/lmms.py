@@ -87,6 +87,7 @@ class LibMoEFast(lmms):
         answers: where answers are kept as they come, and taken from; the model is loaded for the first that is missing.
         drop_top1: take each token's first expert away (see analysis.ablation).
         choices: also keep, with the answers, which experts each image token was sent to (see analysis.choices).
+        outputs: also compare the outputs of each image token's experts (see analysis.counter).
         share: (which, of how many): answer only every so-manieth question, then raise AnsweredShare.
 
     Raises:
@@ -109,6 +110,7 @@ class LibMoEFast(lmms):
         answers: AnswerStore | None = None,
         choices: bool = False,
         drop_top1: bool = False,
+        outputs: bool = False,
         share: tuple[int, int] | None = None,
         max_batch_size: int | None = None,  # lmms-eval always passes it; it is for automatic batch sizes
         **unknown: Any,
@@ -124,7 +126,7 @@ class LibMoEFast(lmms):
         self._batch_size = _positive(batch_size, "batch_size")
         self._max_new_tokens = _positive(max_new_tokens, "max_new_tokens")
         self._record, self._store, self.share, self._choices = record, answers, share, choices
-        self._drop_top1 = drop_top1
+        self._drop_top1, self._outputs = drop_top1, outputs
         self._checkpoint = {"folder": str(pretrained), "dtype": dtype, "backend": backend}
         self._image_aspect = image_aspect
         self._join_ranks(device)
@@ -244,6 +246,14 @@ class LibMoEFast(lmms):
         self.share, self.given, self._data = share, [], data
         self.counts = RoutingCounts(self.counts.layers)
 
+    @property
+    def loaded(self) -> bool:
+        return "_model" in self.__dict__
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._model
+
     def digest(self) -> str:
         """Of the answers given since `begin`."""
         return hashlib.sha256(json.dumps(self.given).encode()).hexdigest()[:16]
@@ -352,7 +362,8 @@ class LibMoEFast(lmms):
         return [lines[i]["answer"] if i in lines else "" for i in range(len(requests))]
 
     def _says_enough(self, line: Mapping[str, Any]) -> bool:
-        return not self._choices or not line["images"] or "choices" in line
+        asked = [name for name, wanted in (("choices", self._choices), ("outputs", self._outputs)) if wanted]
+        return not line["images"] or all(name in line for name in asked)
 
     def _key(self, request: Instance, so_far: Any) -> str:
         context, *_, doc_id, task, split = request.args
@@ -369,7 +380,8 @@ class LibMoEFast(lmms):
         inputs = self._inputs(prompts)
         self._check_length(inputs["input_ids"].shape[1], options["max_new_tokens"])
         images = sum(len(prompt.images) for prompt in prompts) if self._counting else 0
-        with record_images(self._model, images, beams=options.get("num_beams", 1)) as seen:
+        beams = options.get("num_beams", 1)
+        with record_images(self._model, images, beams=beams, outputs=self._outputs) as seen:
             output = self._model.generate(**inputs, **options, pad_token_id=self._tokenizer.pad_token_id)
         new = output[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -384,6 +396,8 @@ class LibMoEFast(lmms):
                     "counts": [counts.tolist() for counts in record.counts],
                     "gates": [[round(value, 5) for value in gates.tolist()] for gates in record.gates],
                 }
+                if self._outputs:
+                    line["outputs"] = "compared"
                 if self._choices:
                     line["choices"] = pack(record.chosen, [len(counts) for counts in record.counts])
             lines.append(line)

@@ -10,17 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from libmoe_fast import ConfigError, DataError, MoE, RouterSpec, Routing
+from libmoe_fast import ConfigError, DataError, MoE, RouterSpec, Routing, moe_layers, save_model, upcycle
 from libmoe_fast.analysis import RoutingCounts, layer_entropy, load_imbalance, total_entropy
 from libmoe_fast.analysis.ablation import drop_top1, without_first
 from libmoe_fast.analysis.choices import changed, coactivation, left, pack, read_choices, unpack
-from libmoe_fast.analysis.counter import count_per_image, distribution, gates_per_image
+from libmoe_fast.analysis.counter import count_per_image, counting, distribution, gates_per_image, output_similarity
+from libmoe_fast.analysis.counts import GATES
 from libmoe_fast.analysis.figures import short_layer_name, training_curves
 from libmoe_fast.analysis.report import MISSING, differences_table, make_report, seeds_table
 from libmoe_fast.analysis.results import checkpoints_of
 from libmoe_fast.analysis.routing_figures import confidence, encoders, layer_choices, subtask_entropy
 from libmoe_fast.analysis.runs import Run, find_runs
 from libmoe_fast.analysis.significance import paired_bootstrap, question_scores
+from libmoe_fast.analysis.weights import weight_distances
+from libmoe_fast.train.tiny import tiny_llava
 
 
 @pytest.mark.parametrize("experts", [1, 2, 4, 6, 64])
@@ -123,10 +126,14 @@ def test_gates_per_image():
     spec = RouterSpec(num_experts=2, top_k=2)
     quarter = 0.25 * 2 + 0.75 * math.log2(4 / 3)  # the entropy of (1/4, 3/4)
     tenth = 0.1 * math.log2(10) + 0.9 * math.log2(10 / 9)
-    expected = [[0.75, 1.25, 2, 1 + quarter, 0 + 0.5], [1.9, 0.1, 2, 0 + tenth, 1 + 0.8]]
+    expected = [[0.75, 1.25, 2, 1 + quarter, 0 + 0.5, 0, 0], [1.9, 0.1, 2, 0 + tenth, 1 + 0.8, 0, 0]]
     torch.testing.assert_close(gates_per_image(seen, 2, spec), torch.tensor(expected, dtype=torch.float64))
     alone = [Routing(seen[0].index[..., :1], weights[..., :1], probs)]  # K = 1: the margin is the weight itself
-    assert gates_per_image(alone, 2, RouterSpec(num_experts=2, top_k=1))[:, -1].tolist() == pytest.approx([1.25, 1.9])
+    margins = gates_per_image(alone, 2, RouterSpec(num_experts=2, top_k=1))[:, GATES.index("margin") - len(GATES)]
+    assert margins.tolist() == pytest.approx([1.25, 1.9])
+    alike = [torch.tensor([0.5, math.nan, -1.0, 0.25])]  # of the four tokens; one had nothing to compare
+    compared = gates_per_image(seen, 2, spec, similarity=alike)
+    assert compared[:, -2:].tolist() == [[1, 0.5], [2, -0.75]]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +277,7 @@ def test_many_runs_have_colours_of_their_own(number, tmp_path, monkeypatch):
         name = f"run{i}"
         counts = RoutingCounts(["model.vision_tower.encoder.layers.0.mlp", "model.multi_modal_projector"])
         for category in ("OCR", "color"):
-            gates = [np.array([1.0, 1.0, 2.0, 1.9, 0.3])] * 2
+            gates = [np.array([1.0, 1.0, 2.0, 1.9, 0.3, 0.0, 0.0])] * 2
             counts.add("mme", {"category": category}, [np.array([1 + i, 3]), np.array([2, 2])], gates)
         steps = [step(s, 0.1, balance_loss=1.0, expert_share={"a": [0.5, 0.5]}) for s in (1, 2)]
         encoder = "CLIP" if i % 2 else "SigLIP"
@@ -528,3 +535,76 @@ def test_choices_of_an_older_checkpoint_are_not_read(tmp_path):
     found = read_choices(tmp_path)
     assert found.keys() == {("a", 0)}
     assert found["a", 0][0].tolist() == [[0, 1]]
+
+
+# ---- outputs and weights
+
+
+def test_output_similarity_by_hand():
+    """Three experts without biases that turn their input by 0, 90 and 180 degrees; the last token has one of them."""
+    moe = MoE(2, 2, 2, num_experts=3, top_k=2, activation="relu", bias=False)
+    turns = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, -1.0], [1.0, 0.0]], [[-1.0, 0.0], [0.0, -1.0]]])
+    moe.experts.w1.data = torch.eye(2).expand(3, 2, 2).clone()
+    moe.experts.w2.data = turns
+    x = torch.tensor([[1.0, 2.0], [3.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])  # relu leaves nothing of the last one
+    index = torch.tensor([[0, 1], [0, 2], [1, 1], [0, 1]])
+    found = output_similarity(moe, x, Routing(index, torch.full((4, 2), 0.5)))
+    torch.testing.assert_close(found, torch.tensor([0.0, -1.0, 1.0, math.nan]), equal_nan=True)
+
+
+def test_output_similarity_of_many_is_the_mean_over_pairs():
+    torch.manual_seed(0)
+    moe, x = MoE(6, 8, 6, num_experts=5, top_k=4), torch.randn(7, 6)
+    routing = moe.router(x)
+    for t, value in enumerate(output_similarity(moe, x, routing)):
+        outputs = [
+            F.linear(F.gelu(F.linear(x[t], moe.experts.w1[e], moe.experts.bias1[e])), moe.experts.w2[e])
+            + moe.experts.bias2[e]
+            for e in routing.index[t]
+        ]
+        pairs = [F.cosine_similarity(a, b, dim=0) for i, a in enumerate(outputs) for b in outputs[i + 1 :]]
+        torch.testing.assert_close(value, torch.stack(pairs).mean())
+
+
+def test_any_model_is_counted():
+    """A stock classifier, its third layer swapped: three batches, of them all tokens; experts agree as copies do."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    upcycle(model, targets=["*.2.mlp"], num_experts=4, top_k=2)
+    counts = RoutingCounts(list(moe_layers(model)))
+    assert len(counts.layers) == 1
+    for subject in ("cats", "dogs", "cats"):
+        with counting(model, counts, "pets", {"subject": subject}, outputs=True), torch.no_grad():
+            model(torch.randn(2, 3, 8, 8))
+    tally = counts.tasks["pets"].total
+    assert tally.images == 3
+    assert tally.counts[0].sum() == 3 * 2 * 5 * 2  # batches, images, 4 patches and the class, K
+    assert tally.mean("similarity") == pytest.approx([1.0])
+    assert 0 < tally.mean("entropy")[0] < 2
+    assert {value: t.images for value, t in counts.tasks["pets"].categories["subject"].items()} == {
+        "cats": 2,
+        "dogs": 1,
+    }
+
+
+def test_weight_distances_by_hand(tmp_path):
+    """Copies have not moved; then one expert of one layer is scaled, in both of its matrices."""
+    model, processor = tiny_llava("clip", vision_layers=2, text_layers=1)
+    save_model(model, tmp_path / "dense", processor=processor)
+    upcycle(model, num_experts=3, targets=["vision", "projector", "language"])  # gated ones among them
+    for found in weight_distances(model, tmp_path / "dense").values():
+        assert found["since_upcycling"] == [0.0] * 3
+        assert found["between"] == [[0.0] * 3] * 3
+    name, layer = next(iter(moe_layers(model).items()))
+    layer.experts.w1.data[1] *= 1.5
+    layer.experts.w2.data[1] *= 1.5
+    layer.experts.bias1.data.add_(9)  # biases are not looked at
+    moved = weight_distances(model, tmp_path / "dense")[name]
+    assert moved["since_upcycling"] == pytest.approx([0, 0.5, 0])
+    assert np.array(moved["between"]) == pytest.approx(np.array([[0, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0]]))
+    alone = weight_distances(model)[name]  # |W| is not known: over the root mean square of 1, 1.5 and 1
+    assert alone.keys() == {"between"}
+    assert alone["between"][0][1] == pytest.approx(0.5 / math.sqrt((1 + 2.25 + 1) / 3))
+    assert weight_distances(torch.nn.Linear(2, 2)) == {}

@@ -21,7 +21,7 @@ import tenacity
 from benchmark_files import EXPECTED, answer_to, write_benchmarks
 
 from libmoe_fast import columns
-from libmoe_fast.analysis.report import dropped_table
+from libmoe_fast.analysis.report import dropped_table, weights_table
 from libmoe_fast.analysis.runs import find_runs
 from libmoe_fast.answers import AnswerStore
 from libmoe_fast.cli import main
@@ -206,6 +206,22 @@ def test_without_each_tokens_first_expert(checkpoint, digits, tmp_path):
     assert run.evaluations == [tmp_path / "run" / "eval"]
     _, rows, _ = dropped_table([run])
     assert rows[0][:2] == ["run", "digit"]
+
+
+def test_outputs_and_weights_right_after_upcycling(checkpoint, digits, tmp_path):
+    """Experts that are still copies agree in all they say; comparing them is asked for, and asks again."""
+    dense = checkpoint.parent.parent / "dense" / "final"
+    shutil.copytree(checkpoint, tmp_path / "run" / "final")
+    (tmp_path / "run" / "config.yaml").write_text(f"model: {{path: {json.dumps(str(dense))}}}\n")
+    command = ["evaluate", str(tmp_path / "run" / "final"), "--tasks", "digit", "--include_path", str(digits.tasks)]
+    assert main(command) == 0
+    (run,) = find_runs(tmp_path / "run")
+    assert run.routing_by_task()[0]["similarity"] is None
+    assert main([*command, "--record_outputs"]) == 0
+    (run,) = find_runs(tmp_path / "run")
+    assert run.routing_by_task()[0]["similarity"] == pytest.approx(1.0, abs=1e-5)
+    _, ((name, router, moved, apart, _most),), _ = weights_table([run])
+    assert (name, router, moved, apart) == ("run", "smoe", "0.0000", "0.0000")
 
 
 def routing(folder: Path) -> dict:

@@ -1,8 +1,9 @@
 """Where image tokens went: per layer, per task, and per category of the task's documents.
 
-Two arrays per layer: `counts` [N], how often each expert was chosen, and `gates` [N + 3], sums over tokens: the gate
-probabilities of all experts, then GATES: the tokens themselves, the entropies of their probabilities in bits, and the
-margins of their gate weights (first minus second).
+Two arrays per layer: `counts` [N], how often each expert was chosen, and `gates` [N + 5], sums over tokens: the gate
+probabilities of all experts, then GATES: the tokens themselves, the entropies of their probabilities in bits, the
+margins of their gate weights (first minus second), and of the tokens whose experts' outputs were compared, their number
+and their similarities (see counter.output_similarity).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 from libmoe_fast.errors import DataError
 from libmoe_fast.files import write_atomically
 
-FORMAT = 2
-GATES = ("tokens", "entropy", "margin")  # what follows the N probabilities in `gates`
+FORMAT = 3
+GATES = ("tokens", "entropy", "margin", "compared", "similarity")  # what follows the N probabilities in `gates`
 
 
 def image_layers(names: Iterable[str]) -> list[str]:
@@ -29,7 +30,7 @@ def image_layers(names: Iterable[str]) -> list[str]:
 
 @dataclass
 class Tally:
-    """Images seen, and per layer `counts` [N] int64 and `gates` [N + 3] float64."""
+    """Images seen, and per layer `counts` [N] int64 and `gates` [N + 5] float64."""
 
     images: int
     counts: list[np.ndarray]
@@ -40,10 +41,12 @@ class Tally:
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         self.gates = [mine + theirs for mine, theirs in zip(self.gates, other.gates, strict=True)]
 
-    def mean(self, name: str) -> list[float]:
-        """Per layer: "entropy" or "margin" of a token on average."""
-        at = len(GATES) - GATES.index(name)
-        return [float(gates[-at] / gates[-len(GATES)]) for gates in self.gates]
+    def mean(self, name: str) -> list[float] | None:
+        """Per layer: "entropy", "margin" or "similarity" of a token on average; None: not recorded everywhere."""
+        value, number = (GATES.index(n) - len(GATES) for n in (name, "compared" if name == "similarity" else "tokens"))
+        if any(gates[number] == 0 for gates in self.gates):
+            return None
+        return [float(gates[value] / gates[number]) for gates in self.gates]
 
 
 @dataclass
@@ -73,7 +76,7 @@ class RoutingCounts:
         *,
         images: int = 1,
     ) -> None:
-        """Add the choices of `images` images of one document: one [N] and one [N + 3] array per layer.
+        """Add the choices of `images` images of one document: one [N] and one [N + 5] array per layer.
 
         gates: none given = not recorded, which leaves their sums as they are.
         """

@@ -38,9 +38,12 @@ _NOTES = """\
 - load imbalance: the busiest expert's load over the mean load, averaged over layers, same tokens. 1 is even; N / K is
   the worst case.
 - confidence: the entropy of a token's gate probabilities in bits, averaged over tokens, images and layers (figure 6 of
-  LibMoE; scores of `hyper` by their softmax, sigmoids by their sum); margin: first gate weight minus second.
+  LibMoE; scores of `hyper` by their softmax, sigmoids by their sum); margin: first gate weight minus second;
+  similarity: the cosine of the outputs of a token's chosen experts, averaged over their pairs (`--record_outputs`).
 - differences: the best MoE run against the others, over the same questions, 2,000 times drawn anew for both (paired
   bootstrap); noise: the interval holds 0. Over seeds: mean ± standard deviation of runs with the same settings.
+- experts' weights: |W_e - W| / |W| of both layers of each expert, W those of the dense MLP that it was copied from, and
+  |W_e - W_f| / |W| between experts.
 - step: median time of a training step, from the run's log, on the machine and under the load it ran with."""
 
 
@@ -73,6 +76,7 @@ def make_report(folder: str | Path, *, out: str | Path | None = None) -> str:
             "Best checkpoints": best_table(runs),
             "Choices changed since the checkpoint before": changes_table(runs),
             "Routing by task": routing_table(runs),
+            "How far the experts' weights have moved": weights_table(runs),
         }
         write_atomically(out / "report.json", json.dumps([_details(run) for run in runs], indent=1))
         write_atomically(out / "report.md", _markdown(title, table, others, drawn))
@@ -216,11 +220,44 @@ def routing_table(runs: Sequence[Run]) -> Table:
             _number(row["load_imbalance"], ".3f"),
             _number(row["confidence_entropy"], ".4f"),
             _number(row["margin"], ".4f"),
+            _number(row["similarity"], ".4f"),
         ]
         for run in runs
         for row in run.routing_by_task()
     ]
-    return ["run", "task", "images", "H_total", "load imbalance", "confidence (bits)", "margin"], rows, set()
+    return (
+        ["run", "task", "images", "H_total", "load imbalance", "confidence (bits)", "margin", "similarity"],
+        rows,
+        set(),
+    )
+
+
+def weights_table(runs: Sequence[Run]) -> Table:
+    """Per run, relative distances of the experts' weights: means over experts and layers, and the most moved layer."""
+    rows = []
+    for run in runs:
+        if not run.weights:
+            continue
+        moved = {
+            name: statistics.fmean(found["since_upcycling"]) for name, found in run.weights.items() if len(found) > 1
+        }
+        apart = [_off_diagonal(found["between"]) for found in run.weights.values()]
+        most = max(moved, key=moved.get) if moved else None
+        rows.append(
+            [
+                run.name,
+                run.router or "?",
+                _number(statistics.fmean(moved.values()) if moved else None, ".4f"),
+                _number(statistics.fmean(apart), ".4f"),
+                MISSING if most is None else f"{figures.short_layer_name(most)}: {moved[most]:.4f}",
+            ]
+        )
+    return ["run", "router", "since upcycling", "between experts", "most moved layer"], rows, set()
+
+
+def _off_diagonal(matrix: Sequence[Sequence[float]]) -> float:
+    values = [value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j]
+    return statistics.fmean(values) if values else 0.0
 
 
 def _render(table: Table, form: str, *, bold: str = "{}") -> str:
@@ -269,6 +306,7 @@ def _details(run: Run) -> dict[str, Any]:
         "H_total": run.entropy_total,
         "entropy": run.entropy_details(),
         "routing": run.routing_by_task(),
+        "weights": run.weights,
         "step_milliseconds": run.step_milliseconds,
         "steps": run.log[-1]["step"] if run.log else None,
         "last_loss": run.log[-1].get("loss") if run.log else None,

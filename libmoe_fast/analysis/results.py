@@ -30,6 +30,12 @@ def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
     return [*exports, *([folder / "final"] if (folder / "final").exists() or not exports else [])]
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """The run of its final/ or of one of its exports."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == EXPORTS else parent
+
+
 def evaluation_folder(checkpoint: Path, *, drop_top1: bool = False) -> Path:
     """Where a checkpoint's evaluation goes: eval/ beside it, or inside of one that lies among others."""
     checkpoint = checkpoint.resolve()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from libmoe_fast.analysis.choices import Choices, read_choices
-from libmoe_fast.analysis.counts import GATES, RoutingCounts, Tally
+from libmoe_fast.analysis.counts import RoutingCounts, Tally
 from libmoe_fast.analysis.metrics import layer_entropy, load_imbalance, total_entropy
 from libmoe_fast.analysis.results import DROPPED, EXPORTS, RESULTS, ROUTING, exports_of, read_results
 from libmoe_fast.errors import ConfigError
@@ -35,6 +35,7 @@ class Run:
     counts: RoutingCounts | None = None
     history: dict[int, dict[str, float]] = field(default_factory=dict)  # scores of its exports, by step
     without_top1: dict[str, float] = field(default_factory=dict)  # scores, each token's first expert taken away
+    weights: dict[str, dict[str, Any]] = field(default_factory=dict)  # see weights.weight_distances
     evaluations: list[Path] = field(default_factory=list)  # folders of results.json
     settings: dict[str, Any] | None = None  # its config.yaml without `run`, where the seed is; None: not known
     changes: dict[str, list] | None = None  # what routing_figures.changed_choices has found, which takes a while
@@ -77,8 +78,8 @@ class Run:
         return load_imbalance(layers) if layers else None
 
     def routing_by_task(self) -> list[dict[str, Any]]:
-        """Per task: images, H_total and load imbalance of the choices, and entropy and margin of the gates, averaged
-        over layers. The entropy is LibMoE's confidence (figure 6): of each token's gate probabilities, in bits.
+        """Per task: images, H_total and load imbalance of the choices, and entropy, margin and output similarity of a
+        token, averaged over layers. The entropy is LibMoE's confidence (figure 6): of its gate probabilities, in bits.
         """
         if not self._layer_counts():
             return []
@@ -90,6 +91,7 @@ class Run:
                 "load_imbalance": load_imbalance(task.total.counts),
                 "confidence_entropy": _mean(task.total, "entropy"),
                 "margin": _mean(task.total, "margin"),
+                "similarity": _mean(task.total, "similarity"),
             }
             for name, task in self.counts.tasks.items()
         ]
@@ -119,9 +121,8 @@ class Run:
 
 
 def _mean(tally: Tally, name: str) -> float | None:
-    """Of a tally's layers; None where gates were not recorded."""
-    recorded = all(gates[-len(GATES)] > 0 for gates in tally.gates)
-    return statistics.fmean(tally.mean(name)) if recorded else None
+    layers = tally.mean(name)
+    return None if layers is None else statistics.fmean(layers)
 
 
 def find_runs(folder: str | Path) -> list[Run]:
@@ -155,7 +156,7 @@ def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
     results = {path: read_results(path) for path in evaluations}
     checkpoints = [Path(found["checkpoint"]["path"]) for found in results.values()]
     run = Run(name, home, *_router_and_encoder([home / "final", *checkpoints]), _read_log(home / LOG))
-    run.settings = _settings(home / "config.yaml")
+    run.settings = settings_of(home)
     for step, path in exports_of(home):
         if (found := read_results(path / "eval")) is not None:
             run.history[step] = found["scores"]
@@ -165,6 +166,7 @@ def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
             continue
         run.evaluations.append(path)
         run.scores.update(found["scores"])
+        run.weights.update(found.get("weights", {}))
         if (path / ROUTING).is_file():
             counts = RoutingCounts.load(path / ROUTING)
             if run.counts is None or run.counts.layers != counts.layers:
@@ -174,11 +176,12 @@ def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
     return run
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """What a run was trained with, its config.yaml without `run`; None where there is none."""
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return {name: section for name, section in content.items() if name != "run"} if isinstance(content, dict) else None
