@@ -28,6 +28,7 @@ class RunConfig:
         delete_checkpoints_when_done: remove them once final/ is written (nothing is left to resume)
         export_at: shares of the steps after which weights are also written to exports/, without optimizer state, to be
             evaluated; [0.1, 0.2, 0.3] = after 10, 20 and 30% (the last ones are final/ in any case)
+        patience: stop when the loss on data.held_out has not fallen at so many exports in a row; none given = never
         log_every: optimizer steps between two writes of log.jsonl; every step gets its line all the same
         tensorboard: also write TensorBoard events
     """
@@ -38,6 +39,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     delete_checkpoints_when_done: bool = True
     export_at: list[float] = field(default_factory=list)
+    patience: int | None = None
     log_every: int = 10
     tensorboard: bool = True
 
@@ -91,6 +93,8 @@ class DataConfig:
     Args:
         file: LLaVA JSON: a list of {id, image (absent = text only), conversations: [{from: human|gpt, value}]}
         images: folder that the records' image paths start from; none given = the folder of file
+        held_out: LLaVA JSON whose loss is measured at each export (run.export_at) and at the end, into held_out.jsonl;
+            its images start from images, or from its own folder
         fraction: train on this share of the records, drawn at random; 0.5 of LLaVA-665K is LibMoE's 332K
         fraction_seed: draws them, whatever run.seed is, so that runs with several seeds train on the same records
         max_length: longer samples are cut to this many tokens, image tokens included
@@ -103,6 +107,7 @@ class DataConfig:
 
     file: str = ""
     images: str | None = None
+    held_out: str | None = None
     fraction: float = 1.0
     fraction_seed: int = 0
     max_length: int = 2048
@@ -185,8 +190,10 @@ HARMLESS = {
     "run.keep_checkpoints",
     "run.delete_checkpoints_when_done",
     "run.export_at",
+    "run.patience",
     "run.log_every",
     "run.tensorboard",
+    "data.held_out",
     "data.workers",
 }
 
@@ -200,6 +207,7 @@ RANGES = {  # option -> smallest and largest value
     "run.seed": (0, 2**32 - 1),  # what NumPy takes
     "run.save_every": (1, LARGEST),
     "run.keep_checkpoints": (1, LARGEST),
+    "run.patience": (1, LARGEST),
     "run.log_every": (1, LARGEST),
     "data.fraction": (0, 1),
     "data.fraction_seed": (0, 2**32 - 1),
@@ -263,6 +271,10 @@ def check_values(config: TrainConfig) -> None:
     )
     for share in config.run.export_at:
         _require(0 < share <= 1, f"run.export_at has {share}; its shares of the steps must be above 0, and at most 1")
+    _require(
+        config.run.patience is None or (bool(config.run.export_at) and config.data.held_out is not None),
+        "run.patience needs data.held_out, whose loss it waits for, and run.export_at, which says when to look",
+    )
     _check_deepspeed(config.engine.deepspeed)
     _check_model(config.model)
 

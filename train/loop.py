@@ -21,6 +21,7 @@ from libmoe_fast.train.engine import (
     sum_over_ranks,
     whole_state,
 )
+from libmoe_fast.train.held_out import HeldOut, held_out_data
 from libmoe_fast.train.log import Statistics, StepLog
 from libmoe_fast.train.model import DTYPES, build_model, image_tokens, settle_format
 from libmoe_fast.train.records import Records
@@ -49,6 +50,7 @@ def train(config: TrainConfig) -> None:
 
 def _train(config: TrainConfig, run: RunFolder) -> None:
     records = _records(config, run)  # before the model: what is wrong with them is known in seconds
+    held_out_records = None if config.data.held_out is None else open_records(held_out_data(config))
     seed_everything(config.run.seed)  # the same new weights on every rank
     model, processor = build_model(config.model, dtype=DTYPES[config.engine.dtype])
     config = settle_format(config, model, processor)
@@ -62,7 +64,13 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
     seed_everything(config.run.seed + dist.get_rank())  # but noise of its own
     progress = run.restore(engine)
     first_step = progress.get("step", 0)
-    stream = batches(dataset, _sampler(config, dataset, first_step, steps), make_collator(processor, tokens))
+    collator = make_collator(processor, tokens)
+    stream = batches(dataset, _sampler(config, dataset, first_step, steps), collator)
+    held_out = None
+    if held_out_records is not None:
+        held_out = HeldOut(
+            config, processor, collator, image_tokens=tokens, records=held_out_records, first_step=first_step
+        )
     log = StepLog(
         config.run,
         Statistics(model),
@@ -72,7 +80,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
         skipped=progress.get("skipped", dataset.skipped),
         overflows=config.engine.dtype == "fp16",
     )
-    exports = {round(share * steps) for share in config.run.export_at}
+    exports = {round(share * steps) for share in config.run.export_at} - {0}
     with log, StopSignal() as stop:
         for step in range(first_step, steps):
             stopping = _step(engine, list(islice(stream, config.optim.accumulation)), step, steps, config, log, stop)
@@ -85,6 +93,14 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
                 log.flush()
                 run.export(engine.module, processor, whole_state(engine), step=done)
                 log.restart_clock()
+            if held_out is not None and (done in exports or done == steps):
+                log.flush()
+                held_out.measure(engine, done)
+                _say(f"{run.path}: {held_out}")
+                log.restart_clock()
+                if held_out.exhausted and done < steps:
+                    _say(f"{run.path}: stopped after step {done} of {steps}, as run.patience says")
+                    break
             if stopping and done < steps:
                 raise KeyboardInterrupt(f"stopped and saved after step {done} of {steps}; the same command goes on")
     run.export(engine.module, processor, whole_state(engine))

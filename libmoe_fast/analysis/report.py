@@ -141,7 +141,7 @@ def _average(run: Run, columns: Sequence[str]) -> float | None:
 
 
 def best_table(runs: Sequence[Run]) -> Table:
-    """Per run and column: when the score was best on the way, and what stopping there would have gained."""
+    """Per run and column, and for the held-out loss: when it was best, and what stopping there would have gained."""
     rows = []
     for run in runs:
         for column in dict.fromkeys(c for scores in run.history.values() for c in scores):
@@ -150,6 +150,10 @@ def best_table(runs: Sequence[Run]) -> Table:
                 share, score = max(points, key=lambda point: point[1])
                 gain = score - run.scores[column]
                 rows.append([run.name, column, f"{100 * share:.0f}%", f"{score:.2f}", f"{gain:+.2f}"])
+        if len(run.held_out) > 1:
+            share, loss = min(run.held_out, key=lambda point: point[1])
+            gain = loss - run.held_out[-1][1]
+            rows.append([run.name, "held-out loss", f"{100 * share:.0f}%", f"{loss:.4f}", f"{gain:+.4f}"])
     return ["run", "benchmark", "best after", "score", "over the last"], rows, set()
 
 

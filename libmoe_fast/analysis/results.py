@@ -11,6 +11,7 @@ RESULTS = "results.json"  # scores by column, and lmms-eval's results in full
 ROUTING = "routing.json"  # analysis.RoutingCounts
 ANSWERS = "answers"  # folder of libmoe_fast.answers
 EXPORTS = "exports"  # of a run: step-N/, the model in the middle of training, each with its own eval/
+HELD_OUT = "held_out.jsonl"  # of a run: {"step": steps done, "loss": mean over the answers' tokens}
 DROPPED = "without_top1"  # in results.json, where each token's first expert was taken away
 FORMAT = 1
 

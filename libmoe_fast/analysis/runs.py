@@ -13,7 +13,7 @@ from typing import Any
 from libmoe_fast.analysis.choices import Choices, read_choices
 from libmoe_fast.analysis.counts import RoutingCounts, Tally
 from libmoe_fast.analysis.metrics import layer_entropy, load_imbalance, total_entropy
-from libmoe_fast.analysis.results import DROPPED, EXPORTS, RESULTS, ROUTING, exports_of, read_results
+from libmoe_fast.analysis.results import DROPPED, EXPORTS, HELD_OUT, RESULTS, ROUTING, exports_of, read_results
 from libmoe_fast.errors import ConfigError
 
 LOG = "log.jsonl"
@@ -36,6 +36,7 @@ class Run:
     history: dict[int, dict[str, float]] = field(default_factory=dict)  # scores of its exports, by step
     without_top1: dict[str, float] = field(default_factory=dict)  # scores, each token's first expert taken away
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)  # see weights.weight_distances
+    held_out: list[tuple[float, float]] = field(default_factory=list)  # (share of the steps, loss); see train.held_out
     evaluations: list[Path] = field(default_factory=list)  # folders of results.json
     settings: dict[str, Any] | None = None  # its config.yaml without `run`, where the seed is; None: not known
     changes: dict[str, list] | None = None  # what routing_figures.changed_choices has found, which takes a while
@@ -157,6 +158,8 @@ def _read_run(root: Path, home: Path, evaluations: list[Path]) -> Run:
     checkpoints = [Path(found["checkpoint"]["path"]) for found in results.values()]
     run = Run(name, home, *_router_and_encoder([home / "final", *checkpoints]), _read_log(home / LOG))
     run.settings = settings_of(home)
+    if total := run.total_steps:
+        run.held_out = [(line["step"] / total, line["loss"]) for line in _read_log(home / HELD_OUT)]
     for step, path in exports_of(home):
         if (found := read_results(path / "eval")) is not None:
             run.history[step] = found["scores"]

@@ -1,6 +1,6 @@
 """Started by test_processes.py with torchrun: runs on two processes, one after the other in the same pair.
 
-torchrun --nproc_per_node 2 process_runs.py FOLDER MODEL IMAGES MIXED
+torchrun --nproc_per_node 2 process_runs.py FOLDER MODEL IMAGES MIXED HELD_OUT
 """
 
 import os
@@ -13,10 +13,11 @@ from tiny_runs import make_config
 from libmoe_fast.train import loop
 
 
-def main(folder: Path, model: Path, images: Path, mixed: Path) -> None:
+def main(folder: Path, model: Path, images: Path, mixed: Path, held_out: Path) -> None:
     shared = {"optim__batch_size": 2, "optim__accumulation": 2}  # x 2 processes = 8
     loop.train(make_config(folder / "zero2", model, images, **shared, engine__zero_stage=2))
     zero3 = {**shared, "engine__zero_stage": 3, "engine__checkpointing": "non_reentrant"}
+    zero3 |= {"data__held_out": str(held_out), "run__export_at": [0.4]}
     loop.train(make_config(folder / "zero3", model, images, **zero3))
 
     stopped = make_config(folder / "stopped", model, images, **zero3)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import computed, make_config, write_data, write_model
 
 from libmoe_fast import load_model
+from libmoe_fast.train.held_out import read_held_out
 from libmoe_fast.train.loop import train
 
 
@@ -21,10 +22,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     model = write_model(folder / "model")
     images, mixed = write_data(folder / "images", images=24, texts=0), write_data(folder / "mixed", images=3, texts=3)
+    held_out = write_data(folder / "held-out", images=3, texts=2)  # an odd number: one process has a pass too few
     script = Path(__file__).with_name("process_runs.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, script, folder / "two", model, images, mixed], check=True, timeout=900)
-    train(make_config(folder / "one", model, images))
+    subprocess.run([*torchrun, script, folder / "two", model, images, mixed, held_out], check=True, timeout=900)
+    train(make_config(folder / "one", model, images, data__held_out=str(held_out), run__export_at=[0.4]))
     options = {"optim__batch_size": 2, "optim__max_steps": None, "model__balance_coef": 0.0, "model__z_coef": 0.0}
     train(make_config(folder / "one_mixed", model, mixed, **options))
     return folder
@@ -40,6 +42,13 @@ def test_two_processes_equal_one(stage, runs):
         assert list(shares) == list(other)
         for layer in shares:
             assert shares[layer] == pytest.approx(other[layer], abs=0.02)
+
+
+def test_held_out_loss_of_two_processes(runs):
+    one, two, stopped = (read_held_out(runs / name) for name in ("one", "two/zero3", "two/stopped"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 3]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=2e-4)
+    assert stopped == two
 
 
 def test_zero3_exports_whole_weights(runs):
