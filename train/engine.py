@@ -99,8 +99,11 @@ def recompute_activations(model: nn.Module, config: TrainConfig) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
 
 
-def make_engine(model: nn.Module, config: TrainConfig) -> Any:
-    """A DeepSpeedEngine around the model, with AdamW on what is trainable."""
+def make_engine(model: nn.Module, config: TrainConfig, *, universal: bool = False) -> Any:
+    """A DeepSpeedEngine around the model, with AdamW on what is trainable.
+
+    universal: the checkpoint that it will load is one of DeepSpeed's universal ones.
+    """
     import deepspeed
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.engine.tf32
@@ -116,9 +119,10 @@ def make_engine(model: nn.Module, config: TrainConfig) -> Any:
         fused=True,  # one pass over the state: 8 to 20 times faster on a CPU, where offload keeps it
     )
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=trainable, optimizer=optimizer, config=deepspeed_config(config)
-        )
+        settings = deepspeed_config(config)
+        if universal:
+            settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, optimizer=optimizer, config=settings)
     # DeepSpeed checks its settings by assertions, pydantic and errors of its own; what is ours to set is right.
     except Exception as error:
         if not config.engine.deepspeed:

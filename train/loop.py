@@ -60,7 +60,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
     )
     run.check_inputs()
     steps = _total_steps(config, dataset)
-    engine = make_engine(model, config)
+    engine = make_engine(model, config, universal=run.join_parts())
     seed_everything(config.run.seed + dist.get_rank())  # but noise of its own
     progress = run.restore(engine)
     first_step = progress.get("step", 0)
@@ -81,6 +81,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
         overflows=config.engine.dtype == "fp16",
     )
     exports = {round(share * steps) for share in config.run.export_at} - {0}
+    set_training_progress(model, first_step, steps)
     with log, StopSignal() as stop:
         for step in range(first_step, steps):
             stopping = _step(engine, list(islice(stream, config.optim.accumulation)), step, steps, config, log, stop)
@@ -140,13 +141,14 @@ def _step(
     optim = config.optim
     lr = learning_rate(step, peak=optim.lr, steps=steps, warmup_ratio=optim.warmup_ratio)
     set_learning_rate(engine, lr)
-    set_training_progress(engine.module, step, steps)
     labels_each = labels / (optim.accumulation * dist.get_world_size())
     sums, grad_norm = 0, None
     for batch in micro_batches:
         sums = sums + _micro_step(engine, batch, labels_each, log.statistics)
         grad_norm = step_engine(engine)
     log.add(step + 1, sums, tokens=tokens, lr=lr, grad_norm=grad_norm)
+    # Here, not before the next step: what routers have counted in this one is in no checkpoint.
+    set_training_progress(engine.module, step + 1, steps)
     return bool(stopping)
 
 

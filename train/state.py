@@ -1,7 +1,7 @@
 """A run's folder: its config, its checkpoints, going on from the last one, and its outcome.
 
     folder/config.yaml            what the run was started with
-    folder/inputs.json            fingerprints of the data and the weights that it started from
+    folder/inputs.json            fingerprints of the data and the weights that it started from; samples per step
     folder/checkpoints/latest     name of the newest whole checkpoint
     folder/checkpoints/step-N/    DeepSpeed's state, and rank-R.pt with that process's random state
     folder/records.arrow          the records while they are used: made at every start, mapped by all processes
@@ -39,7 +39,8 @@ from libmoe_fast.errors import CheckpointError, ConfigError
 from libmoe_fast.files import sync, sync_tree, write_atomically
 from libmoe_fast.train.chat import TEMPLATES
 from libmoe_fast.train.config import FROM_HERE_ON, HARMLESS, TrainConfig, flatten, plain
-from libmoe_fast.train.engine import collect_from_ranks
+from libmoe_fast.train.engine import collect_from_ranks, from_first_rank
+from libmoe_fast.train.universal import convert, load_buffers
 
 SEEN = ".seen.partial"  # there while a run starts; one that a killed run left is removed like all that is half-written
 WEIGHTS_SAMPLED = 256, 1 << 16  # blocks per file of weights, bytes per block
@@ -62,6 +63,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self.records = self.path / "records.arrow"
+        self.whole: Path | None = None  # the latest checkpoint, uncut; see join_parts
 
     def __enter__(self) -> "RunFolder":
         if dist.get_rank() == 0:
@@ -131,6 +133,8 @@ class RunFolder:
         for key in from_here_on:
             print(f"{self.path}: {key} was {before.get(key)!r}, and is {now[key]!r} from here on", flush=True)
         changed = [key for key in changed if key not in from_here_on]
+        if set(changed) <= CUT and self._stored_inputs().get(PER_STEP) == samples_per_step(self.config):
+            changed = []  # another number of processes: the same samples make each step
         if changed:
             listing = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
             raise ConfigError(f"{self.path} belongs to a run with other options: {listing}; choose another run.folder")
@@ -142,9 +146,9 @@ class RunFolder:
         """
         if dist.get_rank() > 0 or self.done:
             return
-        file, now = self.path / "inputs.json", fingerprints(self.config)
+        file, now = self.path / "inputs.json", fingerprints(self.config) | {PER_STEP: samples_per_step(self.config)}
         if (self.checkpoints / "latest").exists() and file.exists():
-            before = json.loads(file.read_text())
+            before = self._stored_inputs()
             if changed := [name for name in now if name in before and now[name] != before[name]]:
                 raise ConfigError(
                     f"{', '.join(changed)} changed since the run in {self.path} started; put back what it was, or "
@@ -152,6 +156,34 @@ class RunFolder:
                 )
         with disk_errors(str(file)):
             write_atomically(file, json.dumps(now, indent=1))
+
+    def _stored_inputs(self) -> dict[str, Any]:
+        file = self.path / "inputs.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def join_parts(self) -> bool:
+        """Whether the latest checkpoint was written by another number of processes; its parts are then put together
+        for the engine, which has to know before it is made. All ranks must call it.
+        """
+        latest = self.checkpoints / "latest"
+        if not latest.exists() or self.config.engine.zero_stage == 0:  # nothing is cut there
+            return False
+        checkpoint = self.checkpoints / latest.read_text().strip()
+        processes = len(list(checkpoint.glob("rank-*.pt")))
+        if processes in (0, dist.get_world_size()):
+            return False
+        self.whole = self.checkpoints / f".{checkpoint.name}.whole.partial"
+        failure = None
+        if dist.get_rank() == 0:
+            print(f"{checkpoint} was written by {processes} processes, and is cut anew for {dist.get_world_size()}")
+            try:
+                with disk_errors(str(self.whole), partial=self.whole):
+                    convert(checkpoint, self.whole)
+            except CheckpointError as error:
+                failure = error
+        if failure := from_first_rank(failure):
+            raise failure
+        return True
 
     def save(self, engine: Any, step: int, progress: dict[str, Any]) -> None:
         """Writes checkpoint step-N, makes it the latest, and removes old ones. All ranks must call it.
@@ -185,20 +217,23 @@ class RunFolder:
         if not latest.exists():
             return {}
         folder = self.checkpoints / latest.read_text().strip()
-        processes = len(list(folder.glob("rank-*.pt")))
-        if folder.is_dir() and processes != dist.get_world_size():
-            raise CheckpointError(
-                f"{folder} was written by {processes} processes and this run has {dist.get_world_size()}; start as many"
-            )
         try:
             _check_stored_sums(sorted(folder.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()])
-            _, state = engine.load_checkpoint(str(self.checkpoints), tag=folder.name)
-            set_random_state(torch.load(folder / f"rank-{dist.get_rank()}.pt", weights_only=True))
+            _, state = engine.load_checkpoint(str(self.checkpoints), tag=(self.whole or folder).name)
+            if len(list(folder.glob("rank-*.pt"))) == dist.get_world_size():
+                set_random_state(torch.load(folder / f"rank-{dist.get_rank()}.pt", weights_only=True))
+            else:  # nobody's state can be shared out: noise is new
+                seed_everything((self.config.run.seed + 2**16 * state["step"] + dist.get_rank()) % 2**32)
+            if self.whole is not None:
+                load_buffers(engine.module, self.whole)
         # torch, zip and DeepSpeed raise errors of no common kind on damaged files.
         except Exception as error:
             raise CheckpointError(
                 f"{folder} cannot be read: {error}; to go on from an older one, write its name into {latest}"
             ) from error
+        dist.barrier()
+        if self.whole is not None and dist.get_rank() == 0:
+            _remove(self.whole)
         return state
 
     def export(self, model: nn.Module, processor: Any, state: dict[str, Tensor], *, step: int | None = None) -> None:
@@ -239,6 +274,14 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
             weights = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
             found[f"the weights of model.{name}"] = " ".join(_digest(file, sampled=True) for file in weights)
     return found
+
+
+PER_STEP = "samples per step"  # in inputs.json
+CUT = {"optim.batch_size", "optim.accumulation"}  # how they are cut into forward passes
+
+
+def samples_per_step(config: TrainConfig) -> int:
+    return config.optim.batch_size * config.optim.accumulation * dist.get_world_size()
 
 
 def _digest(path: Path, *, sampled: bool) -> str:

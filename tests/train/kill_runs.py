@@ -30,7 +30,7 @@ def dying_when(condition: Callable[..., bool], function: Callable) -> Callable:
 
 
 def in_a_step() -> None:
-    loop.set_training_progress = dying_when(lambda _, step, __: step == 3, loop.set_training_progress)
+    loop.learning_rate = dying_when(lambda step: step == 3, loop.learning_rate)
 
 
 def with_half_a_checkpoint() -> None:
@@ -50,7 +50,7 @@ def while_removing_an_old_one() -> None:
 
 
 def before_the_next_checkpoint() -> None:
-    loop.set_training_progress = dying_when(lambda _, step, __: step == 9, loop.set_training_progress)
+    loop.learning_rate = dying_when(lambda step: step == 9, loop.learning_rate)
 
 
 def in_the_export() -> None:

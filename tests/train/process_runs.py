@@ -12,6 +12,9 @@ from tiny_runs import make_config
 
 from libmoe_fast.train import loop
 
+# Biases that no optimizer has, moved at each step; a float32 checkpoint with a frozen part beside it.
+OTHER_PROCESSES = {"model__router": "shared_v3", "model__router_options": {"bias_rate": 0.01}}
+
 
 def main(folder: Path, model: Path, images: Path, mixed: Path, held_out: Path) -> None:
     shared = {"optim__batch_size": 2, "optim__accumulation": 2}  # x 2 processes = 8
@@ -21,28 +24,37 @@ def main(folder: Path, model: Path, images: Path, mixed: Path, held_out: Path) -
     loop.train(make_config(folder / "zero3", model, images, **zero3))
 
     stopped = make_config(folder / "stopped", model, images, **zero3)
-    original = loop.set_training_progress
-    loop.set_training_progress = interrupting(original)
-    try:
-        loop.train(stopped)
-    except KeyboardInterrupt:
-        loop.set_training_progress = original
-        loop.train(stopped)
+    stop_after_first_step(stopped, rank="1")
+    loop.train(stopped)
+
+    # Begun here and ended on one process, and the other way round.
+    for stage in (1, 2, 3):
+        begun = {**shared, **OTHER_PROCESSES, "engine__zero_stage": stage}
+        stop_after_first_step(make_config(folder / f"two_to_one_{stage}", model, images, **begun), rank="1")
+        loop.train(make_config(folder / f"one_to_two_{stage}", model, images, **begun))
 
     # One process has an image, the other a text, in the batch that collects what is left.
     options = {"optim__batch_size": 1, "optim__max_steps": None, "model__balance_coef": 0.0, "model__z_coef": 0.0}
     loop.train(make_config(folder / "mixed", model, mixed, **options, engine__zero_stage=3))
 
 
-def interrupting(function):
-    """One of the processes alone is told to stop, in its first step."""
+def stop_after_first_step(config, *, rank: str) -> None:
+    """One of the processes alone is told to stop, in its first step; all save it."""
+    original = loop.learning_rate
 
-    def wrapper(model, step, steps):
-        if step == 0 and os.environ["RANK"] == "1":
+    def interrupting(step, **options):
+        if step == 0 and os.environ.get("RANK", rank) == rank:
             os.kill(os.getpid(), signal.SIGINT)
-        function(model, step, steps)
+        return original(step, **options)
 
-    return wrapper
+    loop.learning_rate = interrupting
+    try:
+        loop.train(config)
+    except KeyboardInterrupt:
+        return
+    finally:
+        loop.learning_rate = original
+    raise AssertionError("the run was not stopped")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_runs import OTHER_PROCESSES, stop_after_first_step
 from safetensors.torch import load_file
 from tiny_runs import computed, make_config, write_data, write_model
 
-from libmoe_fast import load_model
+from libmoe_fast import ConfigError, load_model
 from libmoe_fast.train.held_out import read_held_out
 from libmoe_fast.train.loop import train
 
@@ -23,12 +24,18 @@ def runs(tmp_path_factory):
     model = write_model(folder / "model")
     images, mixed = write_data(folder / "images", images=24, texts=0), write_data(folder / "mixed", images=3, texts=3)
     held_out = write_data(folder / "held-out", images=3, texts=2)  # an odd number: one process has a pass too few
+    for stage in (1, 2, 3):
+        begun = make_config(
+            folder / f"two/one_to_two_{stage}", model, images, **OTHER_PROCESSES, engine__zero_stage=stage
+        )
+        stop_after_first_step(begun, rank="0")
     script = Path(__file__).with_name("process_runs.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*torchrun, script, folder / "two", model, images, mixed, held_out], check=True, timeout=900)
     train(make_config(folder / "one", model, images, data__held_out=str(held_out), run__export_at=[0.4]))
     options = {"optim__batch_size": 2, "optim__max_steps": None, "model__balance_coef": 0.0, "model__z_coef": 0.0}
     train(make_config(folder / "one_mixed", model, mixed, **options))
+    train(make_config(folder / "other", model, images, **OTHER_PROCESSES))
     return folder
 
 
@@ -49,6 +56,34 @@ def test_held_out_loss_of_two_processes(runs):
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 3]
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=2e-4)
     assert stopped == two
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("way", ["one_to_two", "two_to_one"])
+def test_a_run_goes_on_with_another_number_of_processes(way, stage, runs, capsys):
+    """Through the same samples, to the same losses, weights and biases; only how a step is cut has to be said anew."""
+    run = runs / "two" / f"{way}_{stage}"
+    if way == "two_to_one":
+        config = make_config(
+            run, runs / "model", runs / "images" / "data.json", **OTHER_PROCESSES, engine__zero_stage=stage
+        )
+        config.optim.batch_size = 4  # of 8, as before: 2 x 2 x 2 processes
+        with pytest.raises(ConfigError, match=r"optim\.batch_size was 2 and is 4, optim\.accumulation was 2 and is 1"):
+            train(config)
+        config.optim.accumulation = 2
+        train(config)
+        assert "was written by 2 processes, and is cut anew for 1" in capsys.readouterr().out
+    lines, expected = computed(run), computed(runs / "other")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for name in ("loss", "grad_norm", "balance_loss", "lr"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=5e-4), name
+    final = load_model(run / "final").state_dict()
+    for name, value in load_model(runs / "other" / "final").state_dict().items():
+        assert ((final[name] - value).abs() > 1e-3).float().mean() < 0.05, name
+        if name.endswith("router.bias"):
+            assert value.any()
+            torch.testing.assert_close(final[name], value)
+    assert not list(run.rglob("*partial*"))
 
 
 def test_zero3_exports_whole_weights(runs):
