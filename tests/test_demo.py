@@ -1,6 +1,8 @@
 """The demo's data and plan. The demo itself runs in CI, as `python -m libmoe_fast.train.demo --short`."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,17 +119,23 @@ def test_impossible_tiny_models_are_refused(options):
         tiny_llava(**options)
 
 
-def plan(out, digits, *, short=False):
-    return demo.parts(out, digits, short=short)
+PLANS = [pytest.param(demo.FULL, id="full"), pytest.param(demo.SHORT, id="short")]
 
 
-def test_the_plan_trains_and_evaluates_every_router(tmp_path, digits):
-    titles = [part.title for part in plan(tmp_path, digits)]
-    assert titles[:3] == ["train stage1", "train stage2", "evaluate stage2"]
-    for router in ("smoe", "cosine", "perturbed_cosine", "sigmoid", "hyper"):
-        assert titles.index(f"train {router}") < titles.index(f"evaluate {router}")
-    kinds = {part.command[0] for part in plan(tmp_path, digits, short=True)}
-    assert kinds == {"train", "evaluate"}
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_part_of_the_plan_can_start_once_others_have_ended(plan, tmp_path, digits):
+    """And every encoder, router and seed is trained, and evaluated with and without first experts."""
+    todo = demo.parts(tmp_path, digits, plan)
+    there = {tmp_path / encoder / "model" for encoder in plan.encoders}
+    for part in todo:
+        assert set(part.needs) <= there, part.title
+        there |= set(part.results)
+    for encoder in plan.encoders:
+        for router in plan.routers:
+            for seed in plan.seeds:
+                run = tmp_path / encoder / f"{router}-seed{seed}"
+                for result in ("final", "eval/results.json", "eval-without-top1/results.json"):
+                    assert run / result in there
 
 
 def test_every_command_of_the_plan_is_accepted(tmp_path, digits, monkeypatch):
@@ -135,17 +143,20 @@ def test_every_command_of_the_plan_is_accepted(tmp_path, digits, monkeypatch):
     ran = []
     monkeypatch.setattr("libmoe_fast.train.loop.train", lambda config: ran.append(config.model.stage))
     monkeypatch.setattr("libmoe_fast.evaluate.evaluate", lambda _, config: ran.append(config.tasks) or Outcome({}, {}))
-    for part in plan(tmp_path, digits) + plan(tmp_path, digits, short=True):
-        assert main(list(part.command)) == 0
-    assert ran.count(3) == len(demo.COMPARED) + len(demo.SHORT_ROUTERS)
-    assert ran.count(["digit", "parity"]) == 2 + len(demo.COMPARED) + len(demo.SHORT_ROUTERS)
+    for plan in (demo.FULL, demo.SHORT):
+        for part in demo.parts(tmp_path, digits, plan):
+            assert main(list(part.command)) == 0
+    runs = [len(plan.encoders) * len(plan.routers) * len(plan.seeds) for plan in (demo.FULL, demo.SHORT)]
+    assert runs == [20, 2]
+    assert ran.count(3) == sum(runs)
+    assert ran.count(["digit", "parity"]) == 2 + 1 + 2 * sum(runs)  # of stage 2; whole, and without first experts
 
 
 def test_a_short_demo_is_never_taken_for_a_full_one(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(demo, "_run", lambda part, *_: ran.append(part.title))
+    monkeypatch.setattr(demo, "run_parts", lambda todo, *_, **__: ran.extend(todo))
     monkeypatch.setattr("libmoe_fast.analysis.report.make_report", lambda out: "table")
-    monkeypatch.setattr(demo, "write_model", ran.append)
+    monkeypatch.setattr(demo, "write_model", lambda *_: None)
     assert demo.main(["--short", "--out", str(tmp_path)]) == 0
     parts_of_a_short_one = len(ran)
     assert demo.main(["--out", str(tmp_path)]) == 2
@@ -153,10 +164,57 @@ def test_a_short_demo_is_never_taken_for_a_full_one(tmp_path, monkeypatch):
     assert demo.main(["--short", "--out", str(tmp_path)]) == 0  # the same again is welcome
 
 
-def test_finished_parts_are_kept_and_failed_ones_say_why(tmp_path, capfd):
-    kept = demo.Part(title="train kept", command=("no", "such", "command"), result=tmp_path)
-    demo._run(kept, "[1/2]", tmp_path / "logs")
-    assert "done before" in capfd.readouterr().out
-    failing = demo.Part(title="report it", command=("report", str(tmp_path / "none")), result=tmp_path / "none")
-    with pytest.raises(LibMoEError, match=r"report it failed with exit code 2\n.*no folder"):
-        demo._run(failing, "[2/2]", tmp_path / "logs")
+PYTHON = "import sys, time, pathlib\n"
+
+
+def scripted(title, script, *, needs=(), results=()):
+    return demo.Part(title=title, command=(script,), needs=tuple(needs), results=tuple(results))
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Parts whose command is a line of Python."""
+    popen = subprocess.Popen
+
+    def start(command, **options):
+        return popen([sys.executable, "-c", PYTHON + command[-1]], **options)
+
+    monkeypatch.setattr(demo.subprocess, "Popen", start)
+
+
+def test_finished_parts_are_kept_and_others_wait_for_what_they_need(scripts, tmp_path):
+    kept, first, second = (tmp_path / name for name in ("kept", "first", "second"))
+    kept.write_text("from before")
+    touch = "time.sleep(0.3); pathlib.Path({!r}).write_text(str(pathlib.Path({!r}).exists()))"
+    todo = [
+        scripted("waits", touch.format(str(second), str(first)), needs=[first], results=[second]),
+        scripted("kept", "sys.exit(3)", results=[kept]),
+        scripted("starts", touch.format(str(first), str(second)), needs=[kept], results=[first]),
+    ]
+    demo.run_parts(todo, tmp_path / "logs", jobs=2)
+    assert (kept.read_text(), first.read_text(), second.read_text()) == ("from before", "False", "True")
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_as_many_parts_run_side_by_side_as_asked_for(jobs, scripts, tmp_path):
+    """Each counts the others that are there while it is."""
+    script = (
+        "me = pathlib.Path({0!r}, '{1}'); me.touch(); time.sleep(1.5); "
+        "pathlib.Path({0!r}, '{1}.seen').write_text(str(len(list(me.parent.glob('?'))))); me.unlink()"
+    )
+    todo = [scripted(n, script.format(str(tmp_path), n), results=[tmp_path / f"{n}.seen"]) for n in "abc"]
+    demo.run_parts(todo, tmp_path / "logs", jobs=jobs)
+    assert max(int((tmp_path / f"{n}.seen").read_text()) for n in "abc") == jobs
+
+
+def test_a_failed_part_says_why_and_stops_the_others(scripts, tmp_path):
+    ended = tmp_path / "ended"
+    other = f"try: time.sleep(60)\nexcept KeyboardInterrupt: pathlib.Path({str(ended)!r}).touch()"
+    failing = "time.sleep(2); print('no such folder'); sys.exit(2)"
+    todo = [
+        scripted("other one", other, results=[tmp_path / "never"]),
+        scripted("report it", failing, results=[tmp_path / "none"]),
+    ]
+    with pytest.raises(LibMoEError, match=r"report it failed with exit code 2\n.*no such folder"):
+        demo.run_parts(todo, tmp_path / "logs", jobs=2)
+    assert ended.exists()

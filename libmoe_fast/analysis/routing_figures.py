@@ -14,6 +14,7 @@ from libmoe_fast.analysis.counts import Tally, TaskCounts
 from libmoe_fast.analysis.figures import COLOURS, groups, labels, numbered, short_layer_name
 from libmoe_fast.analysis.metrics import total_entropy
 from libmoe_fast.analysis.runs import Run
+from libmoe_fast.analysis.significance import over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -259,7 +260,10 @@ def routing_figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[str, st
         if draw(runs, folder / name):
             yield name, title
     names = labels(_counted(runs))
+    others = {run.name for group in over_seeds(runs) for run in group[1:]}  # of runs with several seeds one is enough
     for run in _counted(runs):
+        if run.name in others:
+            continue
         name = f"layers-{run.name.replace('/', '-')}.png"
         if layer_choices(run, folder / name):
             yield name, f"Choices by layer and subtask, {names[run.name]} (LibMoE, figure 7)"
