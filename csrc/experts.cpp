@@ -104,7 +104,8 @@ class ExpertArguments {
 
   // Offsets decide where rows are read and written, so they are checked like an index.
   static Tensor row_bounds(const ArgumentCheck& check, const Tensor& given, int64_t experts) {
-    check.shape(given, "offsets", "[N+1]", {experts + 1});
+    check.shape(given, "offsets", "[N+1] or more", {-1});
+    check.between(given.size(0), "length of `offsets`", experts + 1, INT64_MAX);
     check.int64(given, "offsets");
     return as_contiguous(given);
   }
@@ -115,9 +116,9 @@ class ExpertArguments {
     check.entries(held_.order, "order", choices());
     check.entries(held_.inverse, "inverse", choices());
     const auto* bounds = held_.offsets.const_data_ptr<int64_t>();
-    const int64_t experts = held_.w1.size(0);
-    bool ascending = bounds[0] == 0 && bounds[experts] == choices();
-    for (int64_t expert = 0; expert < experts; ++expert) ascending &= bounds[expert] <= bounds[expert + 1];
+    const int64_t last = held_.offsets.size(0) - 1;
+    bool ascending = bounds[0] == 0 && bounds[last] == choices();
+    for (int64_t slot = 0; slot < last; ++slot) ascending &= bounds[slot] <= bounds[slot + 1];
     if (!ascending) check.fail("expected `offsets` to ascend from 0 to T * top_k = ", choices());
   }
 
@@ -129,9 +130,9 @@ class ExpertArguments {
 template <typename T>
 constexpr bool kHasTiles = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
 
-// The gradients of an expert without tokens are zeros; nothing else writes them.
+// The gradients of an expert without tokens, and of choices without an expert, are zeros; nothing else writes them.
 template <typename T>
-void zero_idle_experts(const ExpertInputs<T>& inputs, const ExpertGradients<T>& gradients) {
+void zero_idle(const ExpertInputs<T>& inputs, const ExpertGradients<T>& gradients) {
   const auto zero = [](T* stacked, int64_t expert, int64_t size) {
     if (stacked != nullptr) std::fill_n(stacked + expert * size, size, T(0));
   };
@@ -142,6 +143,8 @@ void zero_idle_experts(const ExpertInputs<T>& inputs, const ExpertGradients<T>& 
     zero(gradients.db1, expert, inputs.up);
     zero(gradients.db2, expert, inputs.out);
   }
+  zero_rest(inputs, gradients.drows, inputs.in);
+  for (int64_t row = inputs.run(); row < inputs.choices; ++row) gradients.dweights[inputs.order[row]] = 0;
 }
 
 }  // namespace
@@ -202,7 +205,7 @@ std::vector<Tensor> cpu_experts_backward(const Tensor& dy, const Tensor& x, cons
                                        .dw2 = pointer(dw2),
                                        .db1 = pointer(db1),
                                        .db2 = pointer(db2)};
-    zero_idle_experts(inputs, gradients);
+    zero_idle(inputs, gradients);
     const T *dy_rows = grad.const_data_ptr<T>(), *z_rows = hidden.const_data_ptr<T>();
     bool in_tiles = false;
     if constexpr (kHasTiles<T>) {

@@ -4,10 +4,12 @@
 //   backward:  g = dys W2 -> dweight = <g, a> + <dys, b2>, dz = weight g act'(z)
 //              -> dW2 = dys^T (weight a), dW1 = dz^T xs, dxs = dz W1
 //
-// xs and dys are the rows of x and dy in expert order; expert e owns rows offsets[e] to offsets[e + 1]. Backward needs no
-// forward GEMM again, because <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>.
+// xs and dys are the rows of x and dy in expert order; expert e owns rows offsets[e] to offsets[e + 1]. Rows from
+// offsets[N] on are choices that no expert runs: they add nothing, and have no gradient. Backward needs no forward GEMM
+// again, because <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "activations.h"
@@ -28,12 +30,19 @@ struct ExpertInputs {
 
   const T* row_of(const T* matrix, int64_t width, int64_t row) const { return matrix + order[row] / top_k * width; }
   Accumulator<T> weight_of(int64_t row) const { return weights[order[row]]; }
+  int64_t run() const { return offsets[experts]; }  // choices that an expert runs
   int64_t rows_of(int64_t expert) const { return offsets[expert + 1] - offsets[expert]; }
   const T* first_weight(int64_t expert) const { return w1 + expert * up * in; }
   const T* second_weight(int64_t expert) const { return w2 + expert * out * hidden; }
   const T* first_bias(int64_t expert) const { return b1 == nullptr ? nullptr : b1 + expert * up; }
   const T* second_bias(int64_t expert) const { return b2 == nullptr ? nullptr : b2 + expert * out; }
 };
+
+// Of a matrix [T*K, width], the rows that no expert has written.
+template <typename T>
+void zero_rest(const ExpertInputs<T>& inputs, T* matrix, int64_t width) {
+  std::fill(matrix + inputs.run() * width, matrix + inputs.choices * width, T(0));
+}
 
 template <typename T>
 struct ExpertGradients {

@@ -82,6 +82,7 @@ void forward_with_mm(const ExpertInputs<T>& in, T* z, T* y) {
       store_tile<T>(target, in.out, tile, place.rows, place.columns);
     });
   }
+  zero_rest(in, ys, in.out);
   combine_rows<T>(ys, in.inverse, in.weights, y, in.tokens, in.out, in.top_k);
 }
 

@@ -48,7 +48,8 @@ std::vector<Tensor> cpu_dispatch_backward(
 
 // The experts (experts.h) on tokens x [T, D] with gate weights [T, K] -> y [T, O] and, if store_z, the pre-activation
 // z [T*K, H], gated [T*K, 2H], else [0, .]. w1 [N, H, D], gated [N, 2H, D]; b1 [N, H or 2H]; w2 [N, O, H]; b2 [N, O].
-// `rows` is there for autograd: it has the gradient that x would have.
+// `rows` is there for autograd: it has the gradient that x would have. offsets [N+1], or longer: choices of what follows
+// the N experts are run by none.
 std::tuple<Tensor, Tensor> cpu_experts(const Tensor& x, const std::optional<Tensor>& rows, const Tensor& weights,
                                        const Tensor& order, const Tensor& inverse, const Tensor& offsets,
                                        const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,

@@ -43,6 +43,7 @@ class Forward {
       output_layer(round, group);
     }
     round.run();
+    zero_rest(in_, scratch_.template at<T>(outputs_), in_.out);
     combine_rows<T>(scratch_.template at<T>(outputs_), in_.inverse, in_.weights, y_, in_.tokens, in_.out, in_.top_k);
   }
 

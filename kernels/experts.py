@@ -7,6 +7,7 @@ Forward keeps x, the pre-activation z and the permutation; backward runs no forw
 """
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def experts(
     rows, device = T * K, x.device
     z = x.new_empty(rows, expert.w1.shape[1]) if store_z else None
     a = x.new_empty(rows, H)
-    ys = x.new_empty(rows, O)
+    ys = written(x.new_empty, x.new_zeros, permuted, N)(rows, O)
     descriptor = descriptors_usable(device, expert.w1, expert.w2)
     shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
     last_round = shared_round("down", expert.w2, shared["PRECISION"])
@@ -87,6 +88,11 @@ def experts(
         **shared,
     )
     return combine(ys, permuted.inverse, K, weights), z
+
+
+def written(empty: Callable, zeros: Callable, permuted: Permuted, num_experts: int) -> Callable:
+    """How to make what the experts write: zeros where some choices are of what follows them, and nobody's to write."""
+    return zeros if permuted.offsets.shape[0] > num_experts + 1 else empty
 
 
 def combine(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
@@ -158,7 +164,8 @@ def experts_backward(
         **scratch,
         **shared,
     )
-    dz, dweights = torch.empty_like(z), torch.empty_like(weights)
+    dz = torch.empty_like(z)
+    dweights = written(torch.empty_like, torch.zeros_like, permuted, N)(weights)
     wa = da if da.dtype == x.dtype else x.new_empty(rows, H)
     run(
         dz_kernel,
@@ -193,7 +200,7 @@ def experts_backward(
     if weight_grads:
         dw2, db2 = weight_grad("dw2", dy, wa, weights, permuted, like=(expert.w2, expert.b2))
         dw1, db1 = weight_grad("dw1", x, dz, weights, permuted, like=(expert.w1, expert.b1))
-    dxs = x.new_empty(rows, D)
+    dxs = written(x.new_empty, x.new_zeros, permuted, N)(rows, D)
     run(
         back_kernel,
         persistent(rows, N, D, device),

@@ -101,7 +101,7 @@ def experts(
     """`reference.experts`. A routing that another router made is permuted first."""
     dispatch = routing.dispatch
     if dispatch is None:
-        dispatch = Dispatch(*ops.permute(routing.index.contiguous(), w1.shape[0]))
+        dispatch = Dispatch(*ops.permute(routing.index.contiguous(), w1.shape[0] + routing.free))
     # The gradient of x goes through rows, unless routing saw other tokens (a projection, another dtype), or ran under
     # no_grad: then it goes straight to x.
     rows = dispatch.rows if dispatch.tokens is x and dispatch.rows.requires_grad else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from libmoe_fast import loss_scale, ops
 from libmoe_fast.errors import ConfigError
 from libmoe_fast.experts import Experts, stack_dense
-from libmoe_fast.routers import build_router, check_router_options
+from libmoe_fast.routers import build_router, check_router_options, find_router
 from libmoe_fast.spec import LossOptions, Routing, check_choice, check_not_negative
 
 # Reentrant checkpointing runs every forward without gradients once, and once more with them: one or two say nothing.
@@ -119,7 +119,7 @@ class MoE(nn.Module):
             experts.in_features,
             experts.num_experts,
             top_k,
-            **(router_options or {}),
+            **find_router(router).fitting(router_options or {}, experts.in_features, experts.out_features),
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -163,6 +163,8 @@ class MoE(nn.Module):
                 self._log(routing)
             self._record(routing, x.shape)
             y = self.experts(tokens.to(dtype), routing, backend)  # [T, O]
+            if routing.free and (free := self.router.free_output(tokens, routing)) is not None:
+                y = y + free.to(dtype)
         y = y.view(*x.shape[:-1], y.shape[-1])
         if self.aux_mode == "return":
             total = None if routing.aux is None else routing.aux.total

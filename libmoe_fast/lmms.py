@@ -399,7 +399,9 @@ class LibMoEFast(lmms):
                 if self._outputs:
                     line["outputs"] = "compared"
                 if self._choices:
-                    line["choices"] = pack(record.chosen, [len(counts) for counts in record.counts])
+                    # One number more than there are counts, for a choice that is nobody's.
+                    sizes = [max(len(n), int(c.max()) + 1) for n, c in zip(record.counts, record.chosen, strict=True)]
+                    line["choices"] = pack(record.chosen, sizes)
             lines.append(line)
         return lines
 

@@ -43,17 +43,20 @@ def experts(
 ) -> Tensor:
     """`reference.experts`, deterministic. A routing that another router made is permuted first, by `ops`."""
     gmm = grouped_gemm()
-    dispatch = routing.dispatch or Dispatch(*ops.permute(routing.index.contiguous(), w1.shape[0]))
+    N = w1.shape[0]
+    dispatch = routing.dispatch or Dispatch(*ops.permute(routing.index.contiguous(), N + routing.free))
     order, inverse = dispatch.order, dispatch.inverse
     T, K = routing.index.shape
-    counts = dispatch.offsets.diff().cpu()  # [N]; waits
+    counts = dispatch.offsets.diff()[:N].cpu()  # waits
+    rows = int(counts.sum())  # the rest are choices that no expert runs
 
     choices = x.unsqueeze(1).expand(T, K, -1).flatten(0, 1)  # [T*K, D]
-    xs = Reordered.apply(choices, order, inverse)
+    xs = Reordered.apply(choices, order, inverse)[:rows]
     z = gmm(xs, w1, counts, trans_b=True)  # [T*K, H or 2H]
     a = reference.activate(z if b1 is None else z + of_rows(b1, counts), activation, gated)  # [T*K, H]
     out = gmm(a, w2, counts, trans_b=True)  # [T*K, O]
     out = out if b2 is None else out + of_rows(b2, counts)
+    out = F.pad(out, (0, 0, 0, T * K - rows))
     chosen = Reordered.apply(out, inverse, order).unflatten(0, (T, K))  # [T, K, O]
     dtype = reference.accumulation_dtype(x.dtype)
     return (chosen.to(dtype) * routing.weights.to(dtype).unsqueeze(-1)).sum(1).to(x.dtype)

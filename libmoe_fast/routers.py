@@ -117,6 +117,16 @@ class Router(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @classmethod
+    def fitting(cls, options: dict, in_features: int, out_features: int) -> dict:
+        """The options for a layer of this shape, where a router's choices beside its experts ask for one of its own."""
+        return options
+
+    def free_output(self, x: Tensor, routing: Routing) -> Tensor | None:
+        """What the choices of `routing` beside the experts (Routing.free) put out for x [T, D], weighted and summed
+        [T, O]; None: nothing."""
+        return None
+
     def set_progress(self, step: int, total: int) -> None:
         """Tells the router how far training is; only routers with a schedule listen."""
 

@@ -1,7 +1,7 @@
-"""The routers that LibMoE's second version adds to its five: XMoE, shared experts, and ternary choices.
+"""The routers that LibMoE's second version adds to its five: XMoE, shared experts, ternary choices, and MoE++.
 
 They run on the same kernels. What differs from a RouterSpec is made around `ops.route`: a projection before it, an
-always chosen expert after it, signs on its weights.
+always chosen expert after it, signs on its weights, choices that no expert has to run.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from libmoe_fast import losses, ops, reference
 from libmoe_fast.errors import ConfigError
-from libmoe_fast.routers import Router, register_router
+from libmoe_fast.routers import GATE_STD, Router, register_router
 from libmoe_fast.spec import (
     LossOptions,
     RouterSpec,
@@ -21,6 +21,8 @@ from libmoe_fast.spec import (
     check_not_negative,
     check_positive,
 )
+
+CONSTANT_STD = 0.002  # of MoE++'s constants, as LibMoE v2 draws them
 
 
 @register_router("xmoe")
@@ -192,8 +194,8 @@ class TCMoERouter(Router):
     gate. Weights are p over the sum of the chosen p of experts and of all null p; a null choice has weight 0.
 
     Losses: balance over the N experts, both signs together, null choices left out; z; and -reward times the mean
-    probability of null slots. An upcycled layer does not start equal to its dense MLP. A null choice still runs an
-    expert, as in LibMoE v2: it saves nothing there either.
+    probability of null slots. An upcycled layer does not start equal to its dense MLP. A null choice runs no expert (in
+    LibMoE v2 it does); its index is N.
     """
 
     NEGATED, NULL = -1.0, -10.0
@@ -220,9 +222,102 @@ class TCMoERouter(Router):
         weights = sign * routing.weights / total.clamp_min(1e-6)
         base = positive + negative  # [T, N]
         probs = base / base.sum(-1, keepdim=True).clamp_min(torch.finfo(base.dtype).tiny)
-        index = routing.index % N
-        ternary = Routing(torch.where(chosen, index, N), weights, probs, routing.logits - lowered)
+        index = torch.where(chosen, routing.index % N, N)
+        ternary = Routing(index, weights, probs, routing.logits - lowered, free=1)
         if loss_options is not None:  # null choices are nobody's
             reward = self.reward * null.sum(-1).mean() if null.shape[0] else null.sum()
             ternary = ops.with_losses(ternary, loss_options, self.spec, more=-reward)
-        return ternary._replace(index=index, logits=routing.logits[:, :N])
+        return ternary._replace(logits=routing.logits[:, :N])
+
+
+@register_router("moe_plus_plus")
+class MoEPlusPlusRouter(Router):
+    """MoE++ (Jin et al. 2025): beside the N experts a token may choose what costs no product of matrices.
+
+        zero      nothing
+        copy      x
+        constant  a x + b v, v learned and (a, b) = softmax(W x) (eq. 5)
+
+    The gate is a softmax over all slots: experts, zeros, copies, constants. The weights of the K chosen are divided by
+    their sum. Defaults are LibMoE v2's: a zero and a constant; the balance loss is over all slots, and counts the terms
+    of zeros zero_factor times. Where the layer returns other features than it takes there are experts only, as there.
+    An upcycled layer does not start equal to its dense MLP. In records, slots after the experts are numbered from N.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        zeros: int = 1,
+        copies: int = 0,
+        constants: int = 1,
+        zero_factor: float = 1.3,
+        device=None,
+        dtype=None,
+    ) -> None:
+        for name, number in {"zeros": zeros, "copies": copies, "constants": constants}.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ConfigError(f"{name} is {number!r}; it must be a whole number of at least 0")
+        check_not_negative("zero_factor", zero_factor)
+        self.free = zeros + copies + constants
+        self.routed = RouterSpec(num_experts=num_experts + self.free, top_k=top_k, gate="sum")
+        super().__init__(dim, self.routed, device=device, dtype=dtype)
+        self.spec = RouterSpec(num_experts=num_experts, top_k=top_k, gate="none" if self.free else "sum")
+        self.zeros, self.copies, self.constants, self.zero_factor = zeros, copies, constants, zero_factor
+        if constants:
+            self.constant = nn.Parameter(torch.empty(constants, dim, device=device, dtype=dtype))  # v
+            self.mix = nn.Parameter(torch.empty(constants, 2, dim, device=device, dtype=dtype))  # W
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "mix"):
+            nn.init.normal_(self.constant, std=CONSTANT_STD)
+            nn.init.normal_(self.mix, std=GATE_STD)
+
+    @classmethod
+    def fitting(cls, options: dict, in_features: int, out_features: int) -> dict:
+        none = {} if in_features == out_features else {"zeros": 0, "copies": 0, "constants": 0}
+        return {**options, **none}
+
+    def forward(self, x: Tensor, *, loss_options: LossOptions | None = None, backend: str | None = None) -> Routing:
+        N = self.spec.num_experts
+        if loss_options is None or not self.zeros or self.zero_factor == 1:
+            routing = ops.route(x, self.weight, spec=self.routed, loss_options=loss_options, backend=backend)
+            if loss_options is not None:
+                routing = ops.with_losses(routing, loss_options, self.routed)
+        else:  # fused routing weighs all slots alike
+            routing = ops.recomputed(reference.route, x, self.weight, spec=self.routed)
+            slot = torch.arange(N + self.free, device=x.device)
+            factor = torch.where((slot >= N) & (slot < N + self.zeros), self.zero_factor, 1.0)
+            weighed = ops.with_losses(
+                routing._replace(probs=routing.probs * factor.to(routing.probs.dtype)), loss_options, self.routed
+            )
+            routing = weighed._replace(probs=routing.probs)
+        aux = routing.aux and routing.aux._replace(share=routing.aux.share[:N])
+        return routing._replace(aux=aux, free=self.free)
+
+    def free_output(self, x: Tensor, routing: Routing) -> Tensor | None:
+        if not self.copies and not self.constants:
+            return None
+        first = self.spec.num_experts + self.zeros
+        parts = (self.constant, self.mix) if self.constants else (None, None)
+        return ops.recomputed(_free_output, x, routing.index - first, routing.weights, self.copies, *parts)
+
+
+def _free_output(
+    x: Tensor, slot: Tensor, weights: Tensor, copies: int, constant: Tensor | None, mix: Tensor | None
+) -> Tensor:
+    """[T, D] in the dtype of x. slot [T, K]: a copy's from 0 on, then a constant's; negative ones are others'."""
+    dtype = reference.accumulation_dtype(x.dtype)
+    share = (weights * ((slot >= 0) & (slot < copies))).sum(-1, keepdim=True)  # of x [T, 1]
+    if constant is None:
+        return (share * x).to(x.dtype)
+    J = constant.shape[0]
+    chosen = (weights.unsqueeze(-1) * losses.hits(slot - copies, J)).sum(1)  # [T, J]
+    mixed = ops.float_linear(x, mix.flatten(0, 1)).unflatten(-1, (J, 2)).softmax(-1)  # [T, J, 2]
+    of_x, of_constant = (chosen.unsqueeze(-1) * mixed).unbind(-1)  # [T, J]
+    share = share + of_x.sum(-1, keepdim=True)
+    return (share * x + of_constant @ constant.to(dtype)).to(x.dtype)

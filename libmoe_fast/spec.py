@@ -91,7 +91,7 @@ class Dispatch(NamedTuple):
 
     order    [T*K] int64   sorted position -> choice
     inverse  [T*K] int64   choice -> sorted position
-    offsets  [N+1] int64   expert e owns sorted positions offsets[e]:offsets[e+1]
+    offsets  [N+1] int64   expert e owns sorted positions offsets[e]:offsets[e+1]; [N+free+1] with free choices
     rows     [T*K, D]      stands for the tokens in sorted order. No memory behind it: experts gather from x in the
                            load, and only its gradient is real, which lets routing's backward sum over K. Or None
     tokens                 the x that `rows` stands for
@@ -121,6 +121,8 @@ class Routing(NamedTuple):
     probs    [T, N] float32 p, before any selection bias
     logits   [T, N] float32 what the z-loss is taken of: the scores (their sigmoids where p is made of those)
     aux, dispatch           what a backend's fused routing made along the way, else None
+    free                    how many things may be chosen beside the N experts, by an index of N and above: they run no
+                            expert, and cost nothing
 
     probs and logits are for losses and records; experts need only index and weights. Fused backends make the losses
     themselves and give probs and logits no gradient: a router that trains on them takes `reference.route`.
@@ -132,6 +134,7 @@ class Routing(NamedTuple):
     logits: Tensor | None = None
     aux: AuxLosses | None = None
     dispatch: Dispatch | None = None
+    free: int = 0
 
 
 class LossOptions(NamedTuple):

@@ -34,17 +34,19 @@ def leaf(*shape):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("idle", [True, False])  # an expert without tokens has an empty product, and zero gradients
-def test_equals_the_reference(bias, gated, idle, stand_in):
+@pytest.mark.parametrize("free", [0, 2])  # some choices are of no expert
+def test_equals_the_reference(bias, gated, idle, free, stand_in):
     torch.manual_seed(0)
     x, weights = leaf(T, D), torch.rand(T, K, dtype=torch.float64, requires_grad=True)
     index = torch.rand(T, N - idle).argsort(-1)[:, :K]
+    index[::3, 0] = N + free - 1 if free else index[::3, 0]
     H1 = 2 * H if gated else H
     w1, w2 = leaf(N, H1, D), leaf(N, O, H)
     b1, b2 = (leaf(N, H1), leaf(N, O)) if bias else (None, None)
     options = {"activation": "silu", "gated": gated}
     learned = [t for t in (x, weights, w1, b1, w2, b2) if t is not None]
 
-    y = megablocks_backend.experts(cpu_backend.OPS, x, Routing(index, weights), w1, b1, w2, b2, **options)
+    y = megablocks_backend.experts(cpu_backend.OPS, x, Routing(index, weights, free=free), w1, b1, w2, b2, **options)
     expected = reference.experts(x, weights, index, w1, b1, w2, b2, **options)
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(y)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from backends import CPU_BACKENDS
 
 from libmoe_fast import ConfigError, MoE, build_router, record_routing, reference, set_training_progress
+from libmoe_fast.analysis import RoutingCounts
+from libmoe_fast.analysis.counter import counting
 from libmoe_fast.spec import LossOptions
 
 T, D, N, K = 21, 12, 5, 3
@@ -255,7 +257,114 @@ def test_losses_of_ternary_choices():
     torch.testing.assert_close(aux.share.double(), torch.bincount(counted, minlength=N).double() / counted.numel())
 
 
-@pytest.mark.parametrize("router", ["xmoe", "shared_v2", "shared_v3", "tc_moe"])
+PLUS_PLUS = [
+    pytest.param({}, id="as LibMoE v2"),
+    pytest.param({"copies": 2, "constants": 2, "zero_factor": 1.0}, id="fused"),
+    pytest.param({"zeros": 0, "constants": 0, "copies": 1}, id="copies only"),
+    pytest.param({"constants": 0, "zeros": 2}, id="zeros only"),
+]
+
+
+def plus_plus(moe, x):
+    """MoE++ written out: y, p [T, slots], slots [T, K] and scores."""
+    router = moe.router
+    scores = x @ router.weight.t()
+    p = scores.softmax(-1)
+    chosen, slots = p.topk(K)
+    outputs = [expert(moe, e, x) for e in range(N)] + [torch.zeros_like(x)] * router.zeros + [x] * router.copies
+    for j in range(router.constants):
+        a, b = (x @ router.mix[j].t()).softmax(-1).split(1, dim=-1)
+        outputs.append(a * x + b * router.constant[j])
+    every = torch.stack(outputs, 1)  # [T, slots, D]
+    picked = every.gather(1, slots.unsqueeze(-1).expand(-1, -1, D))
+    return (chosen / chosen.sum(-1, keepdim=True)).unsqueeze(-1).mul(picked).sum(1), p, slots, scores
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("options", PLUS_PLUS)
+def test_moe_plus_plus(options, backend):
+    """Outputs and all gradients, where some tokens choose experts, some both, and one of them no expert at all."""
+    moe, x = layer("moe_plus_plus", backend, **options), tokens().requires_grad_()
+    moe.aux_mode = "off"
+    with torch.no_grad():
+        moe.router.weight[N:] += 0.3 * x[0]
+    expected, _, slots, _ = plus_plus(moe, x)
+    assert (slots >= N).any()
+    assert ((slots < N).sum(-1) == K).any()
+    y = moe(x)
+    torch.testing.assert_close(y, expected)
+    dy, learned = torch.randn_like(y), [x, *moe.parameters()]
+    grads, exact = (torch.autograd.grad(out, learned, dy, allow_unused=True) for out in (y, expected))
+    torch.testing.assert_close(grads, exact)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_choice_beside_the_experts_runs_none(backend):
+    """All tokens choose the zeros: nothing comes out, and no expert's weight is even read."""
+    moe, x = layer("moe_plus_plus", backend, zeros=3, constants=0), tokens()
+    moe.aux_mode = "off"
+    x[:, 0] = 50.0
+    x.requires_grad_()
+    with torch.no_grad():
+        moe.router.weight.zero_()[N:, 0] = 1.0
+        if backend == "cpu":  # reference.py runs every expert on every token
+            moe.experts.w1.fill_(math.nan)
+    y = moe(x)
+    assert not y.any()
+    (dx,) = torch.autograd.grad(y.sum(), [x])
+    assert not dx.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_factor": 1.0}], ids=["zeros weigh more", "fused"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_losses_of_moe_plus_plus(options, backend):
+    moe, x = layer("moe_plus_plus", backend, **options), tokens()
+    with torch.no_grad():
+        moe.router.weight[N:] += 0.3 * x[0]
+    _, p, slots, scores = plus_plus(moe, x)
+    factor = torch.ones(N + 2, dtype=p.dtype)
+    factor[N] = moe.router.zero_factor
+    first = torch.bincount(slots[:, 0], minlength=N + 2) / T
+    balance = (N + 2) * (factor * first * p.mean(0)).sum()
+    z = scores.logsumexp(-1).square().mean()
+    routing = moe.router(x, loss_options=LossOptions(0.1, 0.01), backend=backend)
+    torch.testing.assert_close(routing.aux.total, 0.1 * balance + 0.01 * z)
+    share = torch.bincount(slots.flatten(), minlength=N + 2)[:N].double() / slots.numel()
+    torch.testing.assert_close(routing.aux.share.double(), share)
+    torch.testing.assert_close(routing.probs, p)
+
+
+def test_moe_plus_plus_between_other_widths_has_experts_only():
+    """As LibMoE v2's projector."""
+    torch.manual_seed(0)
+    moe = MoE(D, 16, 7, num_experts=N, top_k=K, router="moe_plus_plus")
+    torch.manual_seed(0)
+    plain = MoE(D, 16, 7, num_experts=N, top_k=K, router="smoe")
+    assert moe.config()["router"] == "moe_plus_plus"
+    moe.load_state_dict(plain.state_dict())
+    x = tokens(torch.float32)
+    assert torch.equal(moe(x), plain(x))
+
+
+def test_choices_beside_the_experts_are_counted():
+    """MoE++'s slots by their numbers; TC-MoE's null choices are nobody's."""
+    x = tokens()
+    for router, sizes in (("moe_plus_plus", N + 2), ("tc_moe", N)):
+        moe = layer(router)
+        with torch.no_grad():
+            moe.router.weight[-2:] += 12 * x.mean(0)  # zero and constant; null slots
+        model, counts = torch.nn.Sequential(moe), RoutingCounts(["0"])
+        with counting(model, counts, "any", outputs=True):
+            model(x)
+        with record_routing(model) as recorder:
+            model(x)
+        (seen,) = recorder.records["0"]
+        assert (seen.index >= N).any()
+        expected = torch.bincount(seen.index.flatten(), minlength=N + 2)[:sizes]
+        assert counts.tasks["any"].total.counts[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("router", ["xmoe", "shared_v2", "shared_v3", "tc_moe", "moe_plus_plus"])
 @pytest.mark.parametrize("shape", [(0, D), (1, D), (2, 3, D)], ids=["no token", "one token", "images"])
 def test_few_tokens(router, shape):
     moe = layer(router)
@@ -273,6 +382,9 @@ def test_few_tokens(router, shape):
         ("shared_v2", {"mix": "max"}, "mix is 'max'; choose one of 'mean', 'sum'"),
         ("shared_v3", {"bias_rate": math.nan}, "bias_rate is nan"),
         ("tc_moe", {"reward": -1.0}, "reward is -1.0"),
+        ("moe_plus_plus", {"zeros": -1}, "zeros is -1; it must be a whole number of at least 0"),
+        ("moe_plus_plus", {"constants": True}, "constants is True"),
+        ("moe_plus_plus", {"zero_factor": math.inf}, "zero_factor is inf"),
     ],
 )
 def test_options_that_cannot_be(router, options, message):

@@ -59,7 +59,9 @@ def run_and_train(model, images, *, times):
         model(images).sum().backward()
 
 
-@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "tc_moe"])  # its weights do not sum to 1
+@pytest.mark.parametrize(
+    "router", [name for name in ROUTERS if name not in ("tc_moe", "moe_plus_plus")]
+)  # weights not summing to 1
 def test_upcycled_llava_equals_dense(model_and_batch, router):
     model, inputs = model_and_batch
     with torch.no_grad():

@@ -81,9 +81,9 @@ def coactivation(choices: Choices, task: str, num_experts: Sequence[int]) -> lis
     for (name, _), layers in choices.items():
         if name == task:
             for counts, chosen in zip(pairs, layers, strict=True):  # chosen [tokens, K]
-                hits = np.zeros((len(chosen), len(counts)))
-                np.put_along_axis(hits, chosen.astype(np.int64), 1, axis=1)
-                counts += hits.T @ hits
+                hits = np.zeros((len(chosen), len(counts) + 1))  # the last for choices that are nobody's
+                np.put_along_axis(hits, np.minimum(chosen.astype(np.int64), len(counts)), 1, axis=1)
+                counts += hits[:, :-1].T @ hits[:, :-1]
     with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of an expert that nothing chose
         return [counts / np.diag(counts)[:, None] for counts in pairs]
 

@@ -67,7 +67,8 @@ def record_images(
 
 
 def count_per_image(seen: Sequence[Routing], images: int, *, beams: int = 1, scales: int = 1) -> torch.Tensor:
-    """[images, N] int64: how often each expert of one layer was chosen for the tokens of each image.
+    """[images, N] int64: how often each expert of one layer was chosen for the tokens of each image; N as in `probs`,
+    and a choice beyond is nobody's.
 
     Args:
         seen: the layer's routing, index [images * m, tokens, K], where m consecutive rows are one image's; once per
@@ -81,9 +82,10 @@ def count_per_image(seen: Sequence[Routing], images: int, *, beams: int = 1, sca
         raise RuntimeError(f"a vision layer ran {len(seen)} times, expected {scales}")
     first = _own_pass(seen[0], images, beams)
     num_experts = first.probs.shape[-1]
-    chosen = first.index.reshape(images, -1)  # [images, m * tokens * K]
-    row = torch.arange(images, device=chosen.device).unsqueeze(1) * num_experts
-    return torch.bincount((chosen + row).flatten(), minlength=images * num_experts).view(images, num_experts)
+    chosen = first.index.reshape(images, -1).clamp(max=num_experts)  # [images, m * tokens * K]
+    row = torch.arange(images, device=chosen.device).unsqueeze(1) * (num_experts + 1)
+    counts = torch.bincount((chosen + row).flatten(), minlength=images * (num_experts + 1))
+    return counts.view(images, num_experts + 1)[:, :-1]
 
 
 def _own_pass(routing: Routing, images: int, beams: int) -> Routing:
@@ -155,7 +157,9 @@ def output_similarity(layer: MoE, x: torch.Tensor, routing: Routing, backend: st
     """
     ones = torch.ones_like(routing.weights[:, :1])
     each = [
-        layer.experts.forward(x, Routing(routing.index[:, k : k + 1].contiguous(), ones), backend).float()
+        layer.experts.forward(
+            x, Routing(routing.index[:, k : k + 1].contiguous(), ones, free=routing.free), backend
+        ).float()
         for k in range(routing.index.shape[1])
     ]
     outputs = torch.stack(each, dim=1)  # [T, K, O]
@@ -195,8 +199,9 @@ def counting(
     for name in counts.layers:
         spec, seen = layers[name].router.spec, recorder.records[name]
         passes_over = compared.get(name) or [None] * len(seen)
-        chosen.append(torch.zeros(spec.num_experts, dtype=torch.int64))
-        gates.append(torch.zeros(spec.num_experts + len(GATES), dtype=torch.float64))
+        slots = seen[0].probs.shape[-1] if seen else spec.num_experts
+        chosen.append(torch.zeros(slots, dtype=torch.int64))
+        gates.append(torch.zeros(slots + len(GATES), dtype=torch.float64))
         for routing, alike in zip(seen, passes_over, strict=True):
             flat = Routing(*(tensor.reshape(1, -1, tensor.shape[-1]) for tensor in routing[:3]))  # as of one image
             chosen[-1] += count_per_image([flat], 1)[0].cpu()

@@ -105,7 +105,13 @@ class ExpertCase:
     gated: bool = False
     bias: tuple[bool, bool] = (True, True)
     dtype: torch.dtype = torch.float32
-    load: str = "random"  # "random", "some idle" (odd experts get nothing) or "one takes all" (K = 1)
+    # "random", "some idle" (odd experts get nothing), "one takes all" (K = 1), or "some free" (some choices are of two
+    # slots that no expert runs)
+    load: str = "random"
+
+    @property
+    def free(self) -> int:
+        return 2 if self.load == "some free" else 0
 
     @property
     def depth(self) -> int:
@@ -128,7 +134,7 @@ class ExpertData(NamedTuple):
 def expert_data(case: ExpertCase) -> ExpertData:
     torch.manual_seed(0)
     H1 = case.H * (2 if case.gated else 1)
-    score = torch.rand(case.T, case.N)
+    score = torch.rand(case.T, case.N + case.free)
     if case.load == "some idle":
         score[:, 1::2] = -1
     elif case.load == "one takes all":
@@ -170,7 +176,7 @@ def run_experts(
     kernels: Kernels, case: ExpertCase, data: ExpertData, *, weight_grads: bool = True
 ) -> dict[str, Tensor]:
     """The kernels, forward and backward, after the permutation of an index that they did not make."""
-    experts, permuted = kernels.experts, kernels.dispatch.permute(data.index, case.N)
+    experts, permuted = kernels.experts, kernels.dispatch.permute(data.index, case.N + case.free)
     expert = experts.ExpertWeights(*data.params, case.activation, case.gated)
     y, z = experts.experts(data.x, data.weights, permuted, expert, store_z=True)
     grads = experts.experts_backward(data.dy, data.x, data.weights, permuted, expert, z, weight_grads=weight_grads)

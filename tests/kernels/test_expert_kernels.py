@@ -92,6 +92,27 @@ def test_idle_gradients_are_written(monkeypatch):
     assert all(g.isfinite().all() for g in grads.values())
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """What torch.empty and its like give out is NaN until it is written."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_choices_that_no_expert_runs(dtype, gated, poisoned_memory):
+    """They add nothing and have no gradient, and what nobody wrote of them is not read."""
+    assert torch.empty(1).isnan().all()
+    case = ExpertCase(load="some free", T=140, dtype=dtype, gated=gated)
+    data = expert_data(case)
+    assert ((data.index >= case.N).any(1) & (data.index < case.N).any(1)).any()
+    check_experts(KERNELS, case)
+    assert not run_experts(KERNELS, case, data)["dweights"][data.index >= case.N].any()
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU, the table of tiles decides")
 @pytest.mark.parametrize(
     ("tile", "gated"),
