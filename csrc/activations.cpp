@@ -98,11 +98,14 @@ LIBMOE_FAST_INLINE void evaluate(Real z, Real& value, Real& slope) {
     value = z <= Real(0) ? Real(0) : z;  // so NaN stays NaN
     slope = z <= Real(0) ? Real(0) : Real(1);
   } else {
-    constexpr Real kScale = kind == Activation::kQuickGelu ? Real(1.702) : Real(1);
+    constexpr Real kScale = kind == Activation::kSilu ? Real(1) : Real(1.702);
+    constexpr bool kCut = kind == Activation::kGptOss;
+    const bool above = kCut && z > kGptOssLimit<Real>;
+    if (kCut) z = above ? kGptOssLimit<Real> : z;
     Real complement;
     const Real s = sigmoid(kScale * z, complement);
     value = z * s;
-    slope = s + kScale * value * complement;
+    slope = above ? Real(0) : s + kScale * value * complement;
   }
 }
 
@@ -132,6 +135,7 @@ void dispatch_activation(Activation activation, const Body& body) {
     case Activation::kQuickGelu: return body.template operator()<Activation::kQuickGelu>();
     case Activation::kRelu: return body.template operator()<Activation::kRelu>();
     case Activation::kSilu: return body.template operator()<Activation::kSilu>();
+    case Activation::kGptOss: return body.template operator()<Activation::kGptOss>();
   }
 }
 
@@ -160,7 +164,8 @@ bool find_activation(const std::string& name, Activation& found) {
                 {"gelu_pytorch_tanh", Activation::kGeluTanh},
                 {"quick_gelu", Activation::kQuickGelu},
                 {"relu", Activation::kRelu},
-                {"silu", Activation::kSilu}};
+                {"silu", Activation::kSilu},
+                {"gpt_oss", Activation::kGptOss}};
   for (const auto& entry : kNames) {
     if (name == entry.name) {
       found = entry.activation;

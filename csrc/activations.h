@@ -1,4 +1,4 @@
-// The five activations and their slopes, vectorised, as exact as fp32 allows.
+// The activations and their slopes, vectorised, as exact as fp32 allows.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,11 @@
 
 namespace libmoe_fast {
 
-enum class Activation { kGelu, kGeluTanh, kQuickGelu, kRelu, kSilu };
+enum class Activation { kGelu, kGeluTanh, kQuickGelu, kRelu, kSilu, kGptOss };
+
+// kGptOss: gates are cut off above it, and what they multiply is 1 + up, with up cut off on both sides.
+template <typename Real>
+constexpr Real kGptOssLimit = Real(7);
 
 // False if there is no such activation; the names are those of reference.ACTIVATIONS.
 bool find_activation(const std::string& name, Activation& found);

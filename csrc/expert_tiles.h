@@ -34,7 +34,11 @@ void finish_hidden(const ExpertInputs<T>& inputs, const TilePlace& place, T* z, 
   activate(inputs.activation, gate, place.rows * kTileColumns);
   if (!inputs.gated) return;
   add_and_keep(up, inputs.hidden + place.column);
-  multiply_elements(gate, up, place.rows);
+  if (inputs.activation == Activation::kGptOss) {
+    apply_gate<true>(gate, up, place.rows);
+  } else {
+    apply_gate<false>(gate, up, place.rows);
+  }
 }
 
 // What backward makes of a tile of g = dys W2.
@@ -56,7 +60,11 @@ struct HiddenGradients {
     activate_with_slopes(inputs.activation, value, slope, place.rows * kTileColumns);
     if (inputs.gated) {
       load_tile<T>(up, z_tile + inputs.hidden, inputs.up, place.rows, place.columns);
-      gated_gradients(g, up, value, slope, weights, dots, sums, up_sums, place.rows);
+      if (inputs.activation == Activation::kGptOss) {
+        gated_gradients<true>(g, up, value, slope, weights, dots, sums, up_sums, place.rows);
+      } else {
+        gated_gradients<false>(g, up, value, slope, weights, dots, sums, up_sums, place.rows);
+      }
     } else {
       activation_gradients(g, value, slope, weights, dots, sums, place.rows);
     }

@@ -44,7 +44,7 @@ class ExpertArguments {
     check.shape(given.weights, "weights", "[T, top_k]", {x.size(0), -1});
     check.between(given.weights.size(1), "top_k", 1, INT32_MAX);
     if (!find_activation(activation, activation_)) {
-      check.fail("expected `activation` gelu, gelu_pytorch_tanh, quick_gelu, relu or silu, got ", activation);
+      check.fail("expected `activation` gelu, gelu_pytorch_tanh, quick_gelu, relu, silu or gpt_oss, got ", activation);
     }
     held_ = {as_contiguous(x),
              *check.weights(given.weights, x.size(0), given.weights.size(1), x, "x"),

@@ -83,10 +83,21 @@ inline void add_tile(float* __restrict__ tile, const float* __restrict__ matrix,
   for (int i = 0; i < rows; ++i) add_to_sum<float>(tile + i * kTileColumns, matrix + i * stride, 1, columns);
 }
 
-// left *= right
-template <typename Real>
-LIBMOE_FAST_ROW void multiply_elements(Real* __restrict__ left, const Real* __restrict__ right, int rows) {
-  for (int i = 0; i < rows * kTileColumns; ++i) left[i] *= right[i];
+// What act(gate) multiplies, and how it rises with up.
+template <bool gpt_oss, typename Real>
+inline __attribute__((always_inline)) Real gated_factor(Real up, Real& slope) {
+  slope = Real(1);
+  if constexpr (!gpt_oss) return up;
+  const Real cut = up > kGptOssLimit<Real> ? kGptOssLimit<Real> : up < -kGptOssLimit<Real> ? -kGptOssLimit<Real> : up;
+  slope = cut == up ? Real(1) : Real(0);
+  return Real(1) + cut;
+}
+
+// gate *= what it multiplies
+template <bool gpt_oss, typename Real>
+LIBMOE_FAST_ROW void apply_gate(Real* __restrict__ gate, const Real* __restrict__ up, int rows) {
+  Real slope;
+  for (int i = 0; i < rows * kTileColumns; ++i) gate[i] *= gated_factor<gpt_oss>(up[i], slope);
 }
 
 // The plain MLP's gradients from g = W2^T dy, the recomputed value = act(z) and slope = act'(z):
@@ -111,8 +122,8 @@ LIBMOE_FAST_ROW void activation_gradients(Real* __restrict__ g, Real* __restrict
   for (int j = 0; j < kTileColumns; ++j) sums[j] += tile_sums[j];
 }
 
-// The same for a gated MLP, a = act(gate) * up: value becomes weight * a, g the gradient by gate, up that by up.
-template <typename Real>
+// The same for a gated MLP, a = act(gate) * up, or what gpt_oss has there: value becomes weight * a, g the gradient by gate, up that by up.
+template <bool gpt_oss, typename Real>
 LIBMOE_FAST_ROW void gated_gradients(Real* __restrict__ g, Real* __restrict__ up, Real* __restrict__ value,
                                      const Real* __restrict__ slope, const Real* __restrict__ weight,
                                      Real* __restrict__ dots, Real* __restrict__ gate_sums,
@@ -122,11 +133,13 @@ LIBMOE_FAST_ROW void gated_gradients(Real* __restrict__ g, Real* __restrict__ up
     const int64_t row = i * kTileColumns;
     Real products[kTileColumns];
     for (int j = 0; j < kTileColumns; ++j) {
-      const Real a = value[row + j] * up[row + j];
+      Real up_slope;
+      const Real factor = gated_factor<gpt_oss>(up[row + j], up_slope);
+      const Real a = value[row + j] * factor;
       products[j] = g[row + j] * a;
       const Real scaled = weight[i] * g[row + j];
-      const Real dgate = scaled * up[row + j] * slope[row + j];
-      const Real dup = scaled * value[row + j];
+      const Real dgate = scaled * factor * slope[row + j];
+      const Real dup = scaled * value[row + j] * up_slope;
       value[row + j] = weight[i] * a;
       g[row + j] = dgate;
       up[row + j] = dup;

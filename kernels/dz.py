@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .last_round import lower
-from .primitives import INTERPRETED, activate, activation_slope, cast
+from .primitives import INTERPRETED, activate, activation_slope, cast, gated_factor, through_factor
 
 # Rows of a program, and columns of a step at most. Interpreted, programs cost by their number, and columns are few.
 DZ_ROWS, DZ_COLUMNS = tl.constexpr(16 if INTERPRETED else 1), 64 if INTERPRETED else 1024
@@ -65,9 +65,11 @@ def dz_kernel(
         dz = w * da * activation_slope(z, ACTIVATION, FAST)
         if GATED:
             up = tl.load(z_ptr + at1 + H, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dz_ptr + at1 + H, cast(w * da * a, dz_ptr.dtype.element_ty), mask=mask)
-            dz = dz * up
-            a = a * up
+            dup = through_factor(w * da * a, up, ACTIVATION)
+            tl.store(dz_ptr + at1 + H, cast(dup, dz_ptr.dtype.element_ty), mask=mask)
+            factor = gated_factor(up, ACTIVATION)
+            dz = dz * factor
+            a = a * factor
         tl.store(dz_ptr + at1, cast(dz, dz_ptr.dtype.element_ty), mask=mask)
         tl.store(wa_ptr + at, cast(w * a, wa_ptr.dtype.element_ty), mask=mask)
         dw += da * a

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .last_round import finish, lower, part_of_depth, part_of_tile, split_last_round, store_columns
-from .primitives import activate, cast, count_row_tiles, find_row_tile, gemm_jit, swizzle
+from .primitives import activate, cast, count_row_tiles, find_row_tile, gated_factor, gemm_jit, swizzle
 from .products import columns, product, starting_at, two_products
 
 # Columns of a tile that an epilogue takes at a time, so that registers suffice on sm90 under every Triton tried; back's
@@ -121,7 +121,7 @@ def up_epilogue(
     if GATED:
         if STORE_Z:
             tl.store(z_ptr + first * H1 + H + at, cast(up, z_ptr.dtype.element_ty), mask=mask)
-        a = a * up
+        a = a * gated_factor(up, ACTIVATION)
     tl.store(a_ptr + first * H + row[:, None] * H + h[None, :], cast(a, a_ptr.dtype.element_ty), mask=mask)
 
 

@@ -56,6 +56,9 @@ def sigmoid(u, FAST: tl.constexpr):
         return tl.sigmoid(u)
 
 
+GPT_OSS_LIMIT = tl.constexpr(7.0)
+
+
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     """act(z) in float32. FAST: see sigmoid; for bfloat16, whose own rounding is four times coarser."""
@@ -67,9 +70,30 @@ def activate(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
         return z * sigmoid(1.702 * z, FAST)
     elif ACTIVATION == "silu":
         return z * sigmoid(z, FAST)
+    elif ACTIVATION == "gpt_oss":
+        z = tl.minimum(z, GPT_OSS_LIMIT)
+        return z * sigmoid(1.702 * z, FAST)
     else:
         tl.static_assert(ACTIVATION == "relu")
         return tl.maximum(z, 0.0)
+
+
+@triton.jit
+def gated_factor(up, ACTIVATION: tl.constexpr):
+    """What act(gate) is multiplied by, in float32."""
+    if ACTIVATION == "gpt_oss":
+        return 1.0 + tl.minimum(tl.maximum(up, -GPT_OSS_LIMIT), GPT_OSS_LIMIT)
+    else:
+        return up
+
+
+@triton.jit
+def through_factor(gradient, up, ACTIVATION: tl.constexpr):
+    """The gradient by up from that by gated_factor."""
+    if ACTIVATION == "gpt_oss":
+        return tl.where(tl.abs(up) > GPT_OSS_LIMIT, 0.0, gradient)
+    else:
+        return gradient
 
 
 @triton.jit
@@ -87,6 +111,9 @@ def activation_slope(z, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
     elif ACTIVATION == "silu":
         s = sigmoid(z, FAST)
         return s + z * s * (1.0 - s)
+    elif ACTIVATION == "gpt_oss":
+        s = sigmoid(1.702 * z, FAST)
+        return tl.where(z > GPT_OSS_LIMIT, 0.0, s + z * s * (1.0 - s) * 1.702)
     else:
         tl.static_assert(ACTIVATION == "relu")
         return (z > 0.0).to(tl.float32)

@@ -58,6 +58,7 @@ CORNERS = (
     Shape(name="N=256", T=16384, D=2048, H=512, O=2048, N=256, K=8, S=4, activation="silu", gated=True),
     Shape(name="odd", T=1000, D=1000, H=4100, O=1000, N=6, K=3),
     NO_BIASES,
+    Shape(name="gpt-oss-20b", T=4096, D=2880, H=2880, O=2880, N=32, K=4, activation="gpt_oss", gated=True),
     Shape(name="odd gated", T=1001, D=1001, H=333, O=77, N=5, K=5, activation="relu", gated=True),
 )
 

@@ -315,8 +315,9 @@ def _compare_with_forward(mlp: nn.Module, parts: DenseParts) -> None:
 
 
 def activation_name(act: nn.Module) -> str:
-    """Recognises an activation by what it computes: class names differ between versions, functions do not."""
-    probe = torch.linspace(-6, 6, 49, dtype=torch.float64, device="cpu")
+    """Recognises an activation by what it computes: class names differ between versions, functions do not. Far enough
+    out to see a limit."""
+    probe = torch.linspace(-12, 12, 97, dtype=torch.float64, device="cpu")
     value = act(probe)
     for name, function in ACTIVATIONS.items():
         if torch.allclose(value, function(probe), rtol=0, atol=1e-9):

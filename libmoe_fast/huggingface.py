@@ -64,7 +64,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
     module: of a class that `transformers.integrations.use_experts_implementation` decorates; see `stacked_weights`.
     top_k_index, top_k_weights [T, K]: the choices of the model's own router, weights of any floating dtype. Under
-    expert parallelism index N, a choice that another rank computes, adds nothing (at the cost of one that does).
+    expert parallelism index N, a choice that another rank computes, adds nothing and costs nothing.
 
     Raises ConfigError for experts that compute something else than act(.) with act one of reference.ACTIVATIONS, plain
     or gated, and for tokens whose dtype is not that of the weights (outside torch.autocast).
@@ -83,12 +83,9 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
                 "cast one of them, or run under torch.autocast; quantized weights are not supported"
             )
         index, weights = top_k_index.long(), top_k_weights.to(accumulation_dtype(dtype))  # [T, K]
-        if trait(module, "_is_expert_parallel"):
-            elsewhere = index >= w1.shape[0]
-            index, weights = index.clamp(max=w1.shape[0] - 1), weights.masked_fill(elsewhere, 0.0)
         y = ops.experts(
             hidden_states.to(dtype),
-            Routing(index, weights),
+            Routing(index, weights, free=int(trait(module, "_is_expert_parallel"))),
             *tensors,
             activation=activation,
             gated=trait(module, "has_gate"),

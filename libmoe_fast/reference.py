@@ -13,12 +13,19 @@ from torch import Tensor
 
 from libmoe_fast.spec import RouterSpec, Routing
 
+
+def quick_gelu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(1.702 * z)
+
+
+LIMIT = 7.0  # of "gpt_oss": gates are cut off above it, what they multiply on both sides
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
+    "gpt_oss": lambda z: quick_gelu(z.clamp(max=LIMIT)),
 }
 
 
@@ -111,9 +118,12 @@ def experts(
 
 
 def activate(z: Tensor, activation: str, gated: bool) -> Tensor:
-    """act(z) [.., H], or act(gate) * up of z = [gate, up] [.., 2H] for gated experts (SwiGLU, GeGLU)."""
+    """act(z) [.., H], or act(gate) * up of z = [gate, up] [.., 2H] for gated experts (SwiGLU, GeGLU).
+
+    "gpt_oss" (OpenAI 2025) gates another factor: act(gate) * (1 + up), up cut off at both ends.
+    """
     act = ACTIVATIONS[activation]
     if not gated:
         return act(z)
     gate, up = z.chunk(2, dim=-1)
-    return act(gate) * up
+    return act(gate) * (1 + up.clamp(-LIMIT, LIMIT) if activation == "gpt_oss" else up)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import (
     AriaTextConfig,
     AutoModelForCausalLM,
+    GptOssConfig,
     MixtralConfig,
     NemotronHConfig,
     OlmoeConfig,
@@ -58,6 +59,9 @@ CONFIGS = {
         num_experts_per_tok=2,
         moe_intermediate_size=20,
         moe_shared_expert_intermediate_size=12,
+    ),
+    "gpt_oss": lambda: GptOssConfig(  # transposed, interleaved, biased, clamped
+        **SIZES, intermediate_size=12, head_dim=12, num_local_experts=4, num_experts_per_tok=2
     ),
 }
 if Version(transformers.__version__) >= Version("5.18"):  # before, its experts were not on the interface

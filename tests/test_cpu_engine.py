@@ -79,6 +79,7 @@ VARIANTS = [
     ("relu", False, (False, True)),
     ("silu", True, (True, True)),
     ("quick_gelu", True, (False, False)),
+    ("gpt_oss", True, (True, True)),
 ]
 
 
@@ -88,6 +89,8 @@ VARIANTS = [
 def test_error_is_pytorchs_own(shape, activation, gated, bias, dtype, gemm):
     """Against float64 on the same rounded inputs: at most twice the error of a per-expert loop of F.linear."""
     index, tensors, dy = problem(*shape, dtype=dtype, gated=gated, bias=bias)
+    if activation == "gpt_oss":  # two thirds of the pre-activations are far beyond its limits, none near its kinks
+        tensors[3] = (12 * torch.randint(-1, 2, tensors[3].shape)).to(dtype)
     options = {"activation": activation, "gated": gated}
     wide = [None if t is None else t.double() for t in tensors]
     exact = results(per_expert, index, wide, dy.double(), **options)

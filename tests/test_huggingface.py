@@ -226,14 +226,12 @@ def test_another_activation_is_noticed():
     assert error(ours, theirs) < 1e-5
 
 
-def test_gpt_oss_is_refused():
-    """Interleaved rows, clamps, alpha and up + 1, transposed, biases: the message names the class and a way out."""
-    config = GptOssConfig(
-        **{"vocab_size": 40, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1},
-        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4},
-    )
+@pytest.mark.parametrize("setting", [{"swiglu_limit": 5.0}, {"swiglu_alpha": 1.5}], ids=str)
+def test_other_settings_of_gpt_oss_are_refused(setting):
+    """The message names the class and a way out."""
+    config = GptOssConfig(**{**CONFIGS["gpt_oss"]().to_dict(), **setting})
     model = AutoModelForCausalLM.from_config(config, experts_implementation="libmoe_fast")
-    with pytest.raises(ConfigError, match=r"GptOssExperts does not compute .*silu; run this model with .*grouped_mm"):
+    with pytest.raises(ConfigError, match=r"GptOssExperts does not compute .*silu.*; run this model with .*grouped_mm"):
         model(input_ids=torch.tensor([[3, 4]]))
 
 

@@ -108,6 +108,7 @@ class ExpertCase:
     # "random", "some idle" (odd experts get nothing), "one takes all" (K = 1), or "some free" (some choices are of two
     # slots that no expert runs)
     load: str = "random"
+    far: bool = False  # pre-activations about -12, 0 and 12: none where gpt_oss has its kinks, at 7
 
     @property
     def free(self) -> int:
@@ -131,6 +132,12 @@ class ExpertData(NamedTuple):
     params: tuple[Tensor | None, ...]  # w1, b1, w2, b2
 
 
+def _first_bias(case: ExpertCase, width: int) -> Tensor | None:
+    if case.far:
+        return (12 * torch.randint(-1, 2, (case.N, width))).to(DEVICE, case.dtype)
+    return normal(case.N, width, dtype=case.dtype) if case.bias[0] else None
+
+
 def expert_data(case: ExpertCase) -> ExpertData:
     torch.manual_seed(0)
     H1 = case.H * (2 if case.gated else 1)
@@ -146,7 +153,7 @@ def expert_data(case: ExpertCase) -> ExpertData:
         dy=normal(case.T, case.O, dtype=case.dtype),
         params=(
             normal(case.N, H1, case.D, dtype=case.dtype, scale=case.D**-0.5),
-            normal(case.N, H1, dtype=case.dtype) if case.bias[0] else None,
+            _first_bias(case, H1),
             normal(case.N, case.O, case.H, dtype=case.dtype, scale=case.H**-0.5),
             normal(case.N, case.O, dtype=case.dtype) if case.bias[1] else None,
         ),

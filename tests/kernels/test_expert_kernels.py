@@ -92,6 +92,13 @@ def test_idle_gradients_are_written(monkeypatch):
     assert all(g.isfinite().all() for g in grads.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_gpt_oss_beyond_its_limits(gated, dtype):
+    """Two thirds of the pre-activations lie far above or far below what is cut off."""
+    check_experts(KERNELS, ExpertCase(activation="gpt_oss", gated=gated, far=True, dtype=dtype))
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch):
     """What torch.empty and its like give out is NaN until it is written."""
