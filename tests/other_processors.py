@@ -1,6 +1,8 @@
-"""The CPU engine's tests on the paths that other processors take.
+"""The tests that compute with the CPU engine, on the paths that other processors take.
 
-    python tests/other_processors.py [--whole] [pytest's arguments]      --whole: all tests of the suite, not only those
+    python tests/other_processors.py [--whole] [pytest's arguments]      --whole: all tests of the suite
+
+Left out are those of other things (files, commands, processes, benchmarks), which take minutes more per path.
 
 Two variables take instructions away, so one machine shows what others do. A path that this machine takes anyway is left
 to `make test`.
@@ -12,9 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
+from engine_tests import OPS, USERS, WITHOUT_REFERENCE, files
 
 HERE = Path(__file__).parent
-ENGINE = ("cpu_engine", "cpu_routing", "ops", "layer")
 # A variable and its value -> the capability of torch's that it takes away.
 PATHS = {
     ("LIBMOE_FAST_CPU_ISA", "avx2"): "avx512_f",
@@ -27,14 +29,14 @@ def main(arguments: list[str]) -> int:
     has = torch.cpu.get_capabilities()
     whole = "--whole" in arguments
     rest = [argument for argument in arguments if argument != "--whole"]
-    files = [HERE] if whole else [HERE / f"test_{name}.py" for name in ENGINE]
+    chosen = [str(HERE)] if whole else [*(str(HERE / name) for name in files(OPS + USERS)), *WITHOUT_REFERENCE]
     for (variable, value), taken in PATHS.items():
         path = f"{variable}={value}"
         if not has.get(taken, False):
             print(f"{path}: this processor has no {taken}, and takes that path by itself", flush=True)
             continue
         print(f"{path}: without {taken}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *map(str, files), *rest]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *chosen, *rest]
         if code := subprocess.run(command, env={**os.environ, variable: value}).returncode:
             return code
     return 0

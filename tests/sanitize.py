@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from engine_tests import OPS, WITHOUT_REFERENCE, files
+
 ROOT = Path(__file__).resolve().parents[1]
-OP_TESTS = ("extension", "cpu_engine", "cpu_routing", "ops", "routers", "layer")  # what calls the library most
 COMPILER = os.environ.get("CXX", "g++")
 # After setup.py's own options, and the last one counts.
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -97,8 +98,7 @@ def run_tests(package: Path, environment: dict[str, str]) -> int:
     """pytest's exit status. A finding ends the worker that met it: pytest names the test and goes on."""
     arguments = sys.argv[1:]
     if not any(argument.startswith("tests/") for argument in arguments):
-        # What runs on the `reference` backend never enters the library.
-        arguments += ["-k", "not reference", *(f"tests/test_{name}.py" for name in OP_TESTS)]
+        arguments += [*WITHOUT_REFERENCE, *(f"tests/{name}" for name in files(OPS))]
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal")
     return subprocess.run([*command, *arguments], cwd=package, env=environment).returncode
 
