@@ -118,7 +118,7 @@ MUTATIONS = [
     Mutation("second-bias-in-each-part", "last round", "grouped_gemm.py", "tl.where(part == 0, O - o0, 0)", "O - o0"),
     Mutation("bias-of-the-gate-in-up", "gated", "grouped_gemm.py", "expert * H1 + H + h0", "expert * H1 + h0"),
     Mutation("w-missing-in-dz", "experts", "dz.py", "dz = w * da *", "dz = da *"),
-    Mutation("up-missing-in-dz", "gated", "dz.py", "dz = dz * up", "dz = dz"),
+    Mutation("up-missing-in-dz", "gated", "dz.py", "dz = dz * factor", "dz = dz"),
     Mutation("b2-missing-in-dw", "experts", "dz.py", "dw += dy.to(", "dw += 0.0 * dy.to("),
     Mutation(
         "w-missing-in-combine", "experts", "combine.py", "value = value * tl.load(", "value = value + 0.0 * tl.load("
