@@ -65,8 +65,8 @@ def run_backward(y: torch.Tensor, grad: torch.Tensor) -> dict[torch.Tensor, torc
             targets = node.next_functions
         for (target, slot), result in zip(targets, results, strict=True):
             if target is not None and result is not None:
-                if not hasattr(target, "variable"):  # a broadcast one: the engine sums, not the node
-                    result = result.sum_to_size(target._input_metadata[slot].shape)
+                meta = target._input_metadata[slot]  # a node leaves it to the engine to sum and cast as that says
+                result = result.sum_to_size(meta.shape).to(meta.dtype)
                 sums = arrived.setdefault(target, {})
                 sums[slot] = sums[slot] + result if slot in sums else result
     return leaves
