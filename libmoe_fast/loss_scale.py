@@ -68,7 +68,8 @@ def _reading(original: Callable) -> Callable:
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         nested = torch._C._current_graph_task_id() != -1  # reentrant checkpointing, inside another backward
         meta = any(root.is_meta for root in roots if isinstance(root, Tensor))
-        if nested or meta or detect_fake_mode(roots) is not None:  # a compiler traces backward
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func, which forbids writing
+        if nested or meta or transformed or detect_fake_mode(roots) is not None:  # a compiler traces backward
             return original(tensors, *args, **kwargs)
         with _scale_from(roots):
             return original(tensors, *args, **kwargs)

@@ -89,13 +89,33 @@ def fused_ops(backend: str, x: Tensor) -> fused.FusedOps | None:
 
     For `megablocks`, which has experts only, those that route.
     """
+    if backend == "reference" or (x.shape[0] == 0 and backend != "cpu"):
+        return None
+    if seen := transform():
+        raise BackendError(f"{seen} does not go through backend {backend!r}; {INSTEAD}")
     if backend == "cpu":
         return cpu_backend.OPS
-    if backend == "reference" or x.shape[0] == 0:
-        return None
     from libmoe_fast import triton_backend
 
     return triton_backend.OPS
+
+
+INSTEAD = """\
+backend='reference' is plain PyTorch, and goes through everything: pass it to upcycle or MoE, or set \
+LIBMOE_FAST_BACKEND=reference (torch.compile and torch.export take every backend)"""
+
+
+def transform() -> str | None:
+    """What runs this forward on tensors that stand for others, which fused ops cannot see through: an error of another
+    name, or, in forward mode, derivatives that are lost without a word."""
+    if torch.compiler.is_compiling():
+        return None
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Functionalize:
+        return f"torch.func ({interpreter.key().name.lower()})"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return "torch.jit.trace" if torch.jit.is_tracing() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +195,7 @@ def recomputing() -> bool:
 
 def recomputed(function: Callable, *inputs, **options):
     """function(*inputs, **options), which keeps only its inputs for backward and runs again there."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or transform():  # torch.func has no way to keep less
         return function(*inputs, **options)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 

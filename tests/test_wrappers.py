@@ -144,3 +144,64 @@ def test_other_weights_are_still_refused():
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(stored)
     assert libmoe_fast.moe_layers(layer) == {"": layer}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.func, forward mode, torch.jit
+
+
+@pytest.mark.parametrize("router", ["smoe", "hyper"])  # with auxiliary losses, attached, and without
+def test_torch_func_goes_through_the_reference(router):
+    torch.manual_seed(0)
+    moe, x = (
+        MoE(6, 8, 6, num_experts=4, top_k=2, router=router, backend="reference").double(),
+        torch.randn(5, 6).double(),
+    )
+    moe.eval()
+    learned = {name: p.detach() for name, p in moe.named_parameters()}
+    found = torch.func.grad(lambda p: torch.func.functional_call(moe, p, (x,)).square().mean())(learned)
+    moe(x).square().mean().backward()
+    for name, parameter in moe.named_parameters():
+        torch.testing.assert_close(
+            found[name], torch.zeros_like(found[name]) if parameter.grad is None else parameter.grad
+        )
+    _, along = torch.func.jvp(moe, (x,), (x,))
+    jacobian = torch.autograd.functional.jacobian(moe, x)
+    torch.testing.assert_close(along, torch.einsum("abcd,cd->ab", jacobian, x))
+    torch.testing.assert_close(torch.func.vmap(moe)(x.expand(3, 5, 6)), moe(x).expand(3, 5, 6))
+    traced = torch.jit.trace(moe, x)
+    torch.testing.assert_close(traced(x.flip(0)), moe(x.flip(0)))
+
+
+@pytest.mark.skipif("cpu" not in FUSED, reason="the C++ extension is not built")
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        (lambda moe, x: torch.func.grad(lambda x: moe(x).sum())(x), r"torch\.func \(grad\)"),
+        (lambda moe, x: torch.func.vmap(moe)(x.expand(3, 5, 6)), r"torch\.func \(vmap\)"),
+        (lambda moe, x: torch.func.jvp(moe, (x,), (x,)), r"torch\.func \(jvp\)"),
+        (lambda moe, x: dual(moe, x), "forward-mode differentiation"),
+        (lambda moe, x: torch.jit.trace(moe, x), r"torch\.jit\.trace"),
+    ],
+    ids=["grad", "vmap", "jvp", "dual numbers", "trace"],
+)
+def test_what_fused_ops_cannot_see_through_is_an_error(use, name):
+    """In forward mode the derivative would be lost without a word."""
+    moe, x = MoE(6, 8, 6, num_experts=4, top_k=2, backend="cpu"), torch.randn(5, 6)
+    with pytest.raises(BackendError, match=f"{name} does not go through backend 'cpu'; backend='reference' is"):
+        use(moe, x)
+
+
+def dual(moe, x):
+    with torch.autograd.forward_ad.dual_level():
+        return moe(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_other_functions_go_through_torch_func_beside_a_layer():
+    """A layer that is there, in whatever mode, must not be seen by a gradient that has nothing to do with it."""
+    layer = MoE(6, 8, 6, num_experts=4, top_k=2)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(torch.func.grad(lambda x: x.square().sum())(x), 2 * x)
+    hessian = torch.func.hessian(lambda x: x.pow(3).sum())(x[0])
+    torch.testing.assert_close(hessian, torch.diag(6 * x[0]))
+    assert layer.training
