@@ -97,7 +97,7 @@ def _save_swapped(
         if hasattr(getattr(model, part, None), "save_pretrained"):
             getattr(model, part).save_pretrained(folder)
     (folder / RECIPE_FILE).write_text(json.dumps(recipe(layers), indent=1))
-    state_dict, metadata = _unshared(state_dict), {"layout": LAYOUT, "version": str(VERSION)}
+    state_dict, metadata = _unshared(state_dict), {"format": "pt", "layout": LAYOUT, "version": str(VERSION)}
     for name, part in _parts(state_dict, folder, max_shard_size):
         save_file(part, folder / name, metadata=metadata)
 

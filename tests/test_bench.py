@@ -493,3 +493,14 @@ def test_pytest_suite_measures_with_the_flag(given, tmp_path):
     assert len(own) == len(ours) == 2
     for benchmark, row in zip(own, ours, strict=True):
         assert benchmark["stats"]["rounds"] == row.rounds >= 3
+
+
+def test_records_of_a_small_file(capsys):
+    """What `python benchmarks/records.py` prints of 665,298 records, of 300."""
+    from libmoe_fast.benchmarks import records
+
+    assert records.main(["--records", "300", "--processes", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("300 records, ")
+    assert len(lines) == 6
+    assert all(re.search(r"\d", line[50:]) for line in lines[1:])

@@ -205,3 +205,37 @@ def test_other_functions_go_through_torch_func_beside_a_layer():
     hessian = torch.func.hessian(lambda x: x.pow(3).sum())(x[0])
     torch.testing.assert_close(hessian, torch.diag(6 * x[0]))
     assert layer.training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# accelerate
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def test_accelerate_loads_what_was_saved(swapped, tmp_path):
+    """A model on the meta device, its layers swapped there: nothing is drawn, all comes from the file."""
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = swapped
+    save_model(model, tmp_path)
+    with accelerate.init_empty_weights():
+        empty = upcycle(type(model)(model.config), num_experts=3)
+    loaded = accelerate.load_checkpoint_and_dispatch(
+        empty, str(tmp_path / "libmoe_fast.safetensors"), device_map={"": "cpu"}
+    )
+    assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
+
+
+@pytest.mark.parametrize("where", ["cpu_offload", "disk_offload"])
+def test_accelerate_offloads(where, swapped, tmp_path):
+    """Weights that are not there between a layer's forwards: brought in by hooks, on the router and the experts too."""
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = swapped
+    moved = copy.deepcopy(model)
+    folder = () if where == "cpu_offload" else (str(tmp_path),)
+    getattr(accelerate, where)(moved, *folder, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in moved.parameters())
+    assert torch.equal(outputs(moved, inputs), outputs(model, inputs))
