@@ -118,25 +118,30 @@ def progress(runs: Sequence[Run], path: Path) -> bool:
 
 
 def labels(runs: Sequence[Run]) -> dict[str, str]:
-    """What a legend calls each run: its router, with as much more as tells it from the others."""
+    """What a legend calls each run: its router and encoder, with as much more as tells it from the others. Its name
+    where that says all of it."""
     kinds = {run.name: run.router or "dense" for run in runs}
     encoders = {run.encoder for run in runs if run.encoder}
     if len(encoders) > 1:
         kinds = {run.name: f"{kinds[run.name]}, {run.encoder or '?'}" for run in runs}
     alike = Counter(kinds.values())
-    return {name: kind if alike[kind] == 1 else f"{kind} ({name})" for name, kind in kinds.items()}
+    said = {name: all(word in name.lower() for word in kind.lower().split(", ")) for name, kind in kinds.items()}
+    return {
+        name: kind if alike[kind] == 1 else name if said[name] else f"{kind} ({name})" for name, kind in kinds.items()
+    }
 
 
 def groups(members: Sequence[Run], runs: Sequence[Run]) -> list[list[tuple[Run, str, str]]]:
-    """The members with a colour and a marker each, in so many groups that no colour comes twice in one.
+    """The members with a colour and a marker each, in so many groups of about a size that no colour comes twice in one.
 
     A run has the same colour wherever it is shown, whoever else is: that goes by its place among all `runs`.
     """
     kinds = [[run for run in runs if run.router is None], [run for run in runs if run.router is not None]]
     places = {run.name: i for kind in kinds for i, run in enumerate(kind)}
-    size, parts = len(COLOURS), {}
+    sizes = [-(-len(kind) // max(1, -(-len(kind) // len(COLOURS)))) for kind in kinds]
+    parts = {}
     for run in members:
-        place = places[run.name]
+        place, size = places[run.name], sizes[run.router is not None]
         styled = (run, COLOURS[place % size], MARKERS[place % size])
         parts.setdefault((run.router is not None, place // size), []).append(styled)
     return [parts[key] for key in sorted(parts)]
