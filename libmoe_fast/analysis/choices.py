@@ -42,8 +42,8 @@ def unpack(packed: dict[str, Any]) -> list[np.ndarray]:
     for shape, n in zip(packed["shapes"], packed["experts"], strict=True):
         width = _width(n)
         size = int(np.prod(shape)) * width
-        values = bits[at : at + size].reshape(-1, width)
-        layers.append((values << np.arange(width)[::-1]).sum(1).astype(np.uint8).reshape(shape))
+        values = np.packbits(bits[at : at + size].reshape(-1, width), axis=1)[:, 0] >> (8 - width)
+        layers.append(values.reshape(shape))
         at += size
     return layers
 
@@ -108,9 +108,5 @@ def _mean_over_tokens(before: Choices, after: Choices, task: str, measure) -> np
     shared = [key for key in before.keys() & after.keys() if key[0] == task]
     if not shared:
         return None
-    sums, tokens = 0.0, 0.0
-    for key in shared:
-        values = [measure(a, b) for a, b in zip(before[key], after[key], strict=True)]
-        sums = sums + np.array([value.sum() for value in values])
-        tokens = tokens + np.array([len(value) for value in values])
-    return sums / tokens
+    layers = zip(*(zip(before[key], after[key], strict=True) for key in shared), strict=True)  # of pairs per document
+    return np.array([measure(*(np.concatenate(side) for side in zip(*pairs, strict=True))).mean() for pairs in layers])

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import computed, make_config, write_data, write_model
+from tiny_runs import computed, make_config, write_data
 
 from libmoe_fast import load_model
 from libmoe_fast.analysis.report import best_table
@@ -17,16 +17,6 @@ from libmoe_fast.train.data import ConversationDataset, make_collator
 from libmoe_fast.train.held_out import HeldOut, held_out_data, read_held_out
 from libmoe_fast.train.loop import train
 from libmoe_fast.train.model import build_model, image_tokens
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("images"), images=24, texts=0)
 
 
 @pytest.fixture(scope="module")

@@ -33,16 +33,6 @@ from libmoe_fast.train.tiny import tiny_llava
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("images"), images=24, texts=0)
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory, model, images):
     """Three steps of 8 samples, in one forward pass each."""
     folder = tmp_path_factory.mktemp("runs") / "base"
