@@ -1,6 +1,7 @@
 """Stacked expert weights, fresh or copied from a dense MLP (sparse upcycling, Komatsuzaki et al. 2022)."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -75,8 +76,19 @@ class Experts(nn.Module):
         Of one whose weights DeepSpeed has partitioned (transformers' from_pretrained under ZeRO-3 does), every process
         gathers and copies the whole; deepspeed.initialize partitions the copies.
         """
+        experts, norm = cls.with_norm(mlp, num_experts)
+        if norm is not None:
+            raise ConfigError(
+                f"{type(mlp).__name__} begins with a layer norm, which experts would lose; MoE.from_dense keeps it"
+            )
+        return experts
+
+    @classmethod
+    def with_norm(cls, mlp: nn.Module, num_experts: int) -> tuple["Experts", nn.LayerNorm | None]:
+        """`from_dense`, and a copy of the layer norm that the MLP begins with, if it does."""
         with _whole(mlp):
-            return cls._from_parts(dense_parts(mlp), num_experts)
+            parts = dense_parts(mlp)
+            return cls._from_parts(parts, num_experts), copy.deepcopy(parts.norm)
 
     @classmethod
     def _from_parts(cls, parts: "DenseParts", num_experts: int) -> "Experts":
@@ -118,7 +130,8 @@ class Experts(nn.Module):
 
 
 class DenseParts(NamedTuple):
-    """A dense MLP taken apart: w1 [H or 2H, D], b1, w2 [O, H], b2, the activation's name, and whether it is gated."""
+    """A dense MLP taken apart: w1 [H or 2H, D], b1, w2 [O, H], b2, the activation's name, whether it is gated, and the
+    layer norm that it begins with, if it does."""
 
     w1: Tensor
     b1: Tensor | None
@@ -126,6 +139,7 @@ class DenseParts(NamedTuple):
     b2: Tensor | None
     activation: str
     gated: bool
+    norm: nn.LayerNorm | None = None
 
 
 # Attribute names (first layer, activation, second layer) of plain two-layer MLPs.
@@ -141,6 +155,8 @@ GATED_LAYOUTS = (
     (("gate_proj", "up_proj"), "act_fn", "down_proj"),  # LlamaMLP, MistralMLP, Qwen2MLP, PixtralMLP
     (("gate_up_proj",), "activation_fn", "down_proj"),  # Phi3MLP
 )
+# Attribute names of a layer norm that comes before the first layer: VipLLaVA's and InternVL's projectors.
+NORMS = ("projector_layernorm", "layer_norm")
 # Class name of an MLP -> what takes it apart; see register_mlp.
 ADAPTERS: dict[str, Callable[[nn.Module], DenseParts]] = {}
 
@@ -188,7 +204,8 @@ def dense_parts(mlp: nn.Module) -> DenseParts:
         _compare_with_forward(mlp, parts)
         return parts
     layers, act, gated = find_layers(mlp)
-    _refuse_what_a_copy_loses(mlp, layers)
+    norm = find_norm(mlp)
+    _refuse_what_a_copy_loses(mlp, layers, norm)
     *first, second = layers
 
     def joined(name: str) -> Tensor | None:
@@ -197,7 +214,7 @@ def dense_parts(mlp: nn.Module) -> DenseParts:
             return tensors[0]
         return torch.cat([t.detach() for t in tensors]).requires_grad_(tensors[0].requires_grad)
 
-    parts = DenseParts(joined("weight"), joined("bias"), second.weight, second.bias, activation_name(act), gated)
+    parts = DenseParts(joined("weight"), joined("bias"), second.weight, second.bias, activation_name(act), gated, norm)
     _compare_with_forward(mlp, parts)
     return parts
 
@@ -225,10 +242,17 @@ def stack_dense(state: dict[str, Tensor], num_experts: int, *, gated: bool) -> d
     return None
 
 
+def split_norm(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is stored of a dense MLP: without its layer norm, and of that alone, {"weight": [D], "bias": [D]}."""
+    norm = {name.rpartition(".")[2]: tensor for name, tensor in state.items() if name.rpartition(".")[0] in NORMS}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in NORMS}, norm
+
+
 def find_layers(mlp: nn.Module) -> tuple[list[nn.Module], nn.Module, bool]:
     """(its linear layers, its activation, gated) or ConfigError."""
     # What computes nothing may stand beside the layers.
-    children = {name: child for name, child in mlp.named_children() if not _does_nothing(child)}
+    norm = find_norm(mlp)
+    children = {name: child for name, child in mlp.named_children() if not _does_nothing(child) and child is not norm}
     if isinstance(mlp, nn.Sequential) and len(children) == 3:
         first, act, second = children.values()
         return [first, second], act, False
@@ -242,6 +266,12 @@ def find_layers(mlp: nn.Module) -> tuple[list[nn.Module], nn.Module, bool]:
         f"{type(mlp).__name__} with children {sorted(children)} is not a two-layer MLP that libmoe_fast knows; "
         "give CLIPMLP, SiglipMLP, LlavaMultiModalProjector, LlamaMLP, Phi3MLP or nn.Sequential(Linear, act, Linear)"
     )
+
+
+def find_norm(mlp: nn.Module) -> nn.LayerNorm | None:
+    """The layer norm that an MLP begins with; that it does begin with it, forward has to show."""
+    found = (getattr(mlp, name, None) for name in NORMS)
+    return next((norm for norm in found if type(norm) is nn.LayerNorm and norm.bias is not None), None)
 
 
 def _does_nothing(module: nn.Module) -> bool:
@@ -258,7 +288,7 @@ def _whole(mlp: nn.Module) -> contextlib.AbstractContextManager:
     return deepspeed.zero.GatheredParameters(partitioned)
 
 
-def _refuse_what_a_copy_loses(mlp: nn.Module, layers: list[nn.Module]) -> None:
+def _refuse_what_a_copy_loses(mlp: nn.Module, layers: list[nn.Module], norm: nn.LayerNorm | None) -> None:
     name = type(mlp).__name__
     for layer in layers:
         if hasattr(getattr(layer, "weight", None), "full_tensor"):
@@ -269,9 +299,9 @@ def _refuse_what_a_copy_loses(mlp: nn.Module, layers: list[nn.Module]) -> None:
                 "nn.Linear; merge adapters (peft: model.merge_and_unload()), undo parametrizations, or load the "
                 "weights unquantised, then upcycle"
             )
-    for module in (mlp, *layers):
+    for module in (mlp, *layers, *([] if norm is None else [norm])):
         own = {n for n, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
-        if extra := own - ({"weight", "bias"} if isinstance(module, nn.Linear) else set()):
+        if extra := own - ({"weight", "bias"} if isinstance(module, nn.Linear | nn.LayerNorm) else set()):
             raise ConfigError(
                 f"{type(module).__name__} of {name} holds {', '.join(sorted(extra))}, which experts would lose; "
                 "make it plain weights first (torch.nn.utils.prune.remove, remove_weight_norm)"
@@ -294,7 +324,7 @@ def _compare_with_forward(mlp: nn.Module, parts: DenseParts) -> None:
     x = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
     training = mlp.training
     with torch.autocast(weight.device.type, enabled=False):
-        z = F.linear(x, parts.w1, parts.b1)
+        z = F.linear(x if parts.norm is None else parts.norm(x), parts.w1, parts.b1)
         act = ACTIVATIONS[parts.activation]
         gate, up = z.chunk(2, dim=-1) if parts.gated else (z, 1)
         expected = F.linear(act(gate) * up, parts.w2, parts.b2)

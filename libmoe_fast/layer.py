@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from libmoe_fast import loss_scale, ops
 from libmoe_fast.errors import ConfigError
-from libmoe_fast.experts import Experts, stack_dense
+from libmoe_fast.experts import Experts, split_norm, stack_dense
 from libmoe_fast.routers import build_router, check_router_options, find_router
 from libmoe_fast.spec import LossOptions, Routing, check_choice, check_not_negative
 
@@ -61,11 +61,13 @@ class MoE(nn.Module):
         activation: str = "gelu",
         gated: bool = False,
         bias: bool | tuple[bool, bool] = True,
+        norm_eps: float | None = None,
         device=None,
         dtype=None,
         **layer_options,
     ) -> None:
         super().__init__()
+        norm = None if norm_eps is None else nn.LayerNorm(in_features, norm_eps, device=device, dtype=dtype)
         experts = Experts(
             in_features,
             hidden_features,
@@ -77,24 +79,27 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self._assemble(experts, top_k=top_k, **layer_options)
+        self._assemble(experts, norm, top_k=top_k, **layer_options)
 
     @classmethod
     def from_dense(cls, mlp: nn.Module, *, num_experts: int = 4, top_k: int = 2, **layer_options) -> "MoE":
         """Upcycles a dense MLP: every expert is a copy, the gate is drawn from N(0, 0.02).
 
         `mlp` is a CLIPMLP, SiglipMLP, LlavaMultiModalProjector, nn.Sequential(Linear, act, Linear), or a gated Llama
-        or Phi-3 MLP; `layer_options` are those of MoE from `router` on. With weights that sum to 1, which all
+        or Phi-3 MLP, or such a one after a layer norm, which the layer then begins with (VipLLaVA's and InternVL's
+        projectors); `layer_options` are those of MoE from `router` on. With weights that sum to 1, which all
         default routers give, the MoE equals `mlp` to rounding. Raises ConfigError for other modules.
         """
         moe = cls.__new__(cls)
         nn.Module.__init__(moe)
-        moe._assemble(Experts.from_dense(mlp, num_experts), top_k=top_k, **layer_options)
+        experts, norm = Experts.with_norm(mlp, num_experts)
+        moe._assemble(experts, norm, top_k=top_k, **layer_options)
         return moe.train(mlp.training)
 
     def _assemble(
         self,
         experts: Experts,
+        norm: nn.LayerNorm | None,
         *,
         top_k: int,
         router: str = "smoe",
@@ -123,7 +128,7 @@ class MoE(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        self.experts = experts
+        self.experts, self.norm = experts, norm
         # Its own copy: a wrapper around the experts (peft's) has sizes of another meaning.
         self.sizes = {
             "in_features": experts.in_features,
@@ -133,6 +138,7 @@ class MoE(nn.Module):
             "activation": experts.activation,
             "gated": experts.gated,
             "bias": list(experts.bias),
+            "norm_eps": None if norm is None else norm.eps,
         }
         self.router_name, self.router_options = router, dict(router_options or {})
         self.balance_coef, self.z_coef, self.aux_weight = balance_coef, z_coef, aux_weight
@@ -153,6 +159,8 @@ class MoE(nn.Module):
         self._check(x)
         if self.training and not torch.compiler.is_compiling():
             self._notice_no_grad()
+        if self.norm is not None:
+            x = self.norm(x)
         with autocast_off(x):  # routing stays in float32, as written
             backend = ops.choose_backend(self.backend, x.device, dtype)
             tokens = x.reshape(-1, x.shape[-1])  # [T, D]
@@ -174,12 +182,13 @@ class MoE(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
         """What belongs to a dense MLP is loaded into every expert, as `from_dense` copies it; the router stays."""
         if dense := {n: t for n, t in state_dict.items() if n.startswith(prefix)}:
-            own = {name.removeprefix(prefix): tensor for name, tensor in dense.items()}
+            own, norm = split_norm({name.removeprefix(prefix): tensor for name, tensor in dense.items()})
             if (stacked := stack_dense(own, self.sizes["num_experts"], gated=self.sizes["gated"])) is not None:
                 for name in dense:
                     del state_dict[name]
                 state_dict.update({f"{prefix}experts.{name}": tensor for name, tensor in stacked.items()})
                 state_dict.update({f"{prefix}router.{name}": t for name, t in self.router.state_dict().items()})
+                state_dict.update({f"{prefix}norm.{name}": t for name, t in norm.items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def clear_statistics(self) -> None:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import CPU_BACKENDS
 from torch import nn
 from torch.nn.utils import prune
 
 from libmoe_fast import ConfigError, MoE
+from libmoe_fast.experts import Experts
 
 
 class MLP(nn.Module):
@@ -139,3 +141,56 @@ def test_functional_activation_needs_a_module():
 
     with pytest.raises(ConfigError, match="not a two-layer MLP"):
         MoE.from_dense(Functional())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a layer norm before (VipLLaVA's and InternVL's projectors)
+
+
+class Normed(nn.Module):
+    """first: whether the norm is; its weights are not those of a fresh one."""
+
+    def __init__(self, *, first=True):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(6, eps=1e-3)
+        nn.init.normal_(self.layer_norm.weight)
+        nn.init.normal_(self.layer_norm.bias)
+        self.linear_1, self.act, self.linear_2 = nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)
+        self.first = first
+
+    def forward(self, x):
+        x = self.layer_norm(x) if self.first else x
+        x = self.linear_2(self.act(self.linear_1(x)))
+        return x if self.first else self.layer_norm(x)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_layer_norm_comes_along(backend):
+    torch.manual_seed(0)
+    mlp, x = Normed().double(), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    moe = MoE.from_dense(mlp, num_experts=3, backend=backend, aux_mode="off")
+    torch.testing.assert_close(moe(x), mlp(x))
+    ours, theirs = (torch.autograd.grad(module(x).square().sum(), x)[0] for module in (moe, mlp))
+    torch.testing.assert_close(ours, theirs)
+    moe(x).sum().backward()
+    assert moe.norm.weight.grad.any()
+    assert mlp.layer_norm.weight.grad is None  # a copy
+    again = MoE(**moe.config()).double()
+    again.load_state_dict(moe.state_dict())
+    torch.testing.assert_close(again(x), moe(x))
+
+
+def test_dense_weights_with_their_layer_norm_are_loaded():
+    """As a LLaVA's mm_projector.bin is, after upcycling."""
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({"projector": MoE.from_dense(Normed(), num_experts=3)})
+    other, x = Normed(), torch.randn(5, 6)
+    holder.load_state_dict({f"projector.{name}": tensor for name, tensor in other.state_dict().items()})
+    torch.testing.assert_close(holder["projector"](x), other(x))
+
+
+def test_a_layer_norm_elsewhere_is_refused():
+    with pytest.raises(ConfigError, match="computes something else"):
+        MoE.from_dense(Normed(first=False))
+    with pytest.raises(ConfigError, match=r"begins with a layer norm, .*MoE\.from_dense keeps it"):
+        Experts.from_dense(Normed(), 3)

@@ -90,7 +90,7 @@ TABLE = [
     ("LLaVA-OneVision", "language", 2),
     ("VipLLaVA", "vision", 3),
     ("VipLLaVA", "language", 2),
-    ("VipLLaVA", "projector", r"VipLlavaMultiModalProjector \(projector_layernorm, linear_1"),
+    ("VipLLaVA", "projector", 1),  # after its layer norm
     ("PaliGemma", "vision", 3),
     ("PaliGemma", "language", 2),
     ("PaliGemma", "projector", r"PaliGemmaMultiModalProjector \(linear\)"),
@@ -102,7 +102,7 @@ TABLE = [
     ("Qwen2.5-VL", "language", 2),
     ("InternVL", "vision", 3),
     ("InternVL", "language", 2),
-    ("InternVL", "projector", r"InternVLMultiModalProjector \(layer_norm, linear_1"),
+    ("InternVL", "projector", 1),  # after its layer norm
 ]
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from libmoe_fast.experts import stack_dense
+from libmoe_fast.experts import split_norm, stack_dense
 from libmoe_fast.upcycle import moe_layers
 
 WEIGHTS = ("w1", "w2")  # of Experts: their biases are too few to tell
@@ -67,7 +67,7 @@ def _start(dense: Dense, layer: str, *, gated: bool) -> list[Tensor] | None:
         if name.startswith(place):
             with safe_open(path, "pt") as file:
                 state[name.removeprefix(place)] = file.get_tensor(stored)
-    stacked = stack_dense(state, 1, gated=gated) if state else None
+    stacked = stack_dense(split_norm(state)[0], 1, gated=gated) if state else None
     return None if stacked is None else [stacked[weight][0] for weight in WEIGHTS]
 
 
