@@ -74,7 +74,7 @@ def confidence(runs: Sequence[Run], path: Path) -> bool:
     return True
 
 
-def layer_choices(run: Run, path: Path) -> bool:
+def layer_choices(run: Run, path: Path, label: str | None = None) -> bool:
     """Figure 7: the experts' shares by subtask in two early, two middle and two late layers of the vision tower."""
     found = next(iter(_subtasks([run])), None) if _counted([run]) else None
     if found is None:
@@ -98,7 +98,7 @@ def layer_choices(run: Run, path: Path) -> bool:
         axis.set_title(short_layer_name(run.counts.layers[layer]), fontsize="medium")
     if experts <= 16:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    figure.suptitle(f"{labels([run])[run.name]}: expert shares on {found[0]}, by {found[1]}", fontsize="large")
+    figure.suptitle(f"{label or run.name}: expert shares on {found[0]}, by {found[1]}", fontsize="large")
     _save(figure, path)
     return True
 
@@ -144,7 +144,7 @@ def changed_choices(run: Run) -> dict[str, list[tuple[float, float, np.ndarray, 
     return run.changes
 
 
-def chosen_together(run: Run, path: Path) -> bool:
+def chosen_together(run: Run, path: Path, label: str | None = None) -> bool:
     """How often two experts are chosen for one token, in the first, the middle and the last layer of the vision tower.
 
     False: evaluation kept no choices, or each token has one expert.
@@ -170,7 +170,7 @@ def chosen_together(run: Run, path: Path) -> bool:
         axis.set_ylabel("chosen expert")
         axis.set_title(short_layer_name(run.counts.layers[layer]), fontsize="medium")
     figure.colorbar(image, ax=figure.axes[: len(chosen)], shrink=0.8)
-    figure.suptitle(f"{labels([run])[run.name]}: experts chosen together on {tasks[0]}", fontsize="large")
+    figure.suptitle(f"{label or run.name}: experts chosen together on {tasks[0]}", fontsize="large")
     _save(figure, path)
     return True
 
@@ -265,8 +265,8 @@ def routing_figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[str, st
         if run.name in others:
             continue
         name = f"layers-{run.name.replace('/', '-')}.png"
-        if layer_choices(run, folder / name):
+        if layer_choices(run, folder / name, names[run.name]):
             yield name, f"Choices by layer and subtask, {names[run.name]} (LibMoE, figure 7)"
         name = f"together-{run.name.replace('/', '-')}.png"
-        if chosen_together(run, folder / name):
+        if chosen_together(run, folder / name, names[run.name]):
             yield name, f"Experts chosen together, {names[run.name]}"
