@@ -7,7 +7,6 @@ Forward keeps x, the pre-activation z and the permutation; backward runs no forw
 """
 
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ def experts(
     rows, device = T * K, x.device
     z = x.new_empty(rows, expert.w1.shape[1]) if store_z else None
     a = x.new_empty(rows, H)
-    ys = written(x.new_empty, x.new_zeros, permuted, N)(rows, O)
+    ys = (x.new_zeros if has_free_choices(permuted, N) else x.new_empty)(rows, O)
     descriptor = descriptors_usable(device, expert.w1, expert.w2)
     shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
     last_round = shared_round("down", expert.w2, shared["PRECISION"])
@@ -90,9 +89,9 @@ def experts(
     return combine(ys, permuted.inverse, K, weights), z
 
 
-def written(empty: Callable, zeros: Callable, permuted: Permuted, num_experts: int) -> Callable:
-    """How to make what the experts write: zeros where some choices are of what follows them, and nobody's to write."""
-    return zeros if permuted.offsets.shape[0] > num_experts + 1 else empty
+def has_free_choices(permuted: Permuted, num_experts: int) -> bool:
+    """Whether some choices may be of what follows the experts. No kernel writes their rows, which have to be zero."""
+    return permuted.offsets.shape[0] > num_experts + 1
 
 
 def combine(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
@@ -165,7 +164,8 @@ def experts_backward(
         **shared,
     )
     dz = torch.empty_like(z)
-    dweights = written(torch.empty_like, torch.zeros_like, permuted, N)(weights)
+    free = has_free_choices(permuted, N)
+    dweights = torch.zeros_like(weights) if free else torch.empty_like(weights)
     wa = da if da.dtype == x.dtype else x.new_empty(rows, H)
     run(
         dz_kernel,
@@ -200,7 +200,7 @@ def experts_backward(
     if weight_grads:
         dw2, db2 = weight_grad("dw2", dy, wa, weights, permuted, like=(expert.w2, expert.b2))
         dw1, db1 = weight_grad("dw1", x, dz, weights, permuted, like=(expert.w1, expert.b1))
-    dxs = written(x.new_empty, x.new_zeros, permuted, N)(rows, D)
+    dxs = (x.new_zeros if free else x.new_empty)(rows, D)
     run(
         back_kernel,
         persistent(rows, N, D, device),
