@@ -47,9 +47,9 @@ def write(folder: Path, records: int) -> Path:
 
 
 def private_mb() -> float:
-    """Memory that is this process's alone, in MB: mapped files are not."""
+    """Memory that is this process's alone, in MB. Pages of a mapped file are the system's, which shares them."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1e3
 
 
 def peak_mb() -> float:
