@@ -175,6 +175,13 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup_ratio: float) ->
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def model_inputs(engine: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch's inputs where the model is, pixels in its dtype."""
+    moved = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in inputs.items()}
+    moved["pixel_values"] = moved["pixel_values"].to(engine.module.dtype)
+    return moved
+
+
 def step_engine(engine: Any) -> Tensor | float | None:
     """Ends a micro-step, which DeepSpeed makes an optimizer step after the last of a global batch.
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from libmoe_fast.analysis.results import HELD_OUT
 from libmoe_fast.files import write_atomically
 from libmoe_fast.train.config import DataConfig, TrainConfig
-from libmoe_fast.train.data import Batch, Collator, ConversationDataset, batches
-from libmoe_fast.train.engine import from_first_rank
+from libmoe_fast.train.data import Collator, ConversationDataset, batches
+from libmoe_fast.train.engine import from_first_rank, model_inputs
 from libmoe_fast.train.records import Records
 from libmoe_fast.train.state import disk_errors
 
@@ -60,7 +60,8 @@ class HeldOut:
         engine.eval()
         try:
             for indices, batch in zip(cut, batches(self.dataset, [i or [0] for i in cut], self.collator), strict=True):
-                loss = self._sum_of_losses(engine, batch)
+                inputs = model_inputs(engine, batch.inputs)
+                loss = engine(**inputs, num_items_in_batch=1, use_cache=False).loss  # a sum over the labels
                 if indices:
                     sums += torch.stack([loss.double(), loss.new_tensor(batch.labels, dtype=torch.float64)])
         finally:
@@ -71,11 +72,6 @@ class HeldOut:
         if rank == 0:
             with disk_errors(str(self.file)):
                 write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in self.measured))
-
-    def _sum_of_losses(self, engine: Any, batch: Batch) -> torch.Tensor:
-        inputs = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(engine.module.dtype)
-        return engine(**inputs, num_items_in_batch=1, use_cache=False).loss
 
     @property
     def best(self) -> dict[str, Any]:

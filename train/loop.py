@@ -15,6 +15,7 @@ from libmoe_fast.train.engine import (
     from_first_rank,
     learning_rate,
     make_engine,
+    model_inputs,
     set_learning_rate,
     start_processes,
     step_engine,
@@ -160,8 +161,7 @@ def _micro_step(engine: Any, batch: Batch, labels_each: float, statistics: Stati
     """
     # A text-only batch sees a dummy image, whose routing must not be balanced. Backward belongs inside: it recomputes.
     with aux_loss_disabled(engine.module) if batch.text_only else nullcontext():
-        inputs = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(engine.module.dtype)
+        inputs = model_inputs(engine, batch.inputs)
         loss = scale_aux_loss(engine(**inputs, num_items_in_batch=labels_each, use_cache=False).loss)
         engine.backward(loss)
     return statistics.read(loss, text_only=batch.text_only)

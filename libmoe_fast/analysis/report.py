@@ -242,9 +242,8 @@ def weights_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         if not run.weights:
             continue
-        moved = {
-            name: statistics.fmean(found["since_upcycling"]) for name, found in run.weights.items() if len(found) > 1
-        }
+        known = {name: found["since_upcycling"] for name, found in run.weights.items() if "since_upcycling" in found}
+        moved = {name: statistics.fmean(each) for name, each in known.items()}
         apart = [_off_diagonal(found["between"]) for found in run.weights.values()]
         most = max(moved, key=moved.get) if moved else None
         rows.append(

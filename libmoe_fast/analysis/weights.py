@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +28,33 @@ def weight_distances(model: nn.Module, start: Path | None = None) -> dict[str, d
     Args:
         start: the dense checkpoint that was upcycled. None, or one without such an MLP: no since_upcycling.
     """
-    found = {}
-    with _tensors(start) as dense:
-        for name, layer in moe_layers(model).items():
-            stacked = [getattr(layer.experts, weight).detach().double().flatten(1) for weight in WEIGHTS]
-            origin = _start(dense, name, gated=layer.experts.gated)
-            squares = sum(w.square().sum(1) for w in stacked)  # [N]
-            scale = squares.mean()
-            if origin is not None:
-                origin = [tensor.to(w.device).double().flatten() for tensor, w in zip(origin, stacked, strict=True)]
-                scale = sum(w.square().sum() for w in origin)
-            between = sum(torch.cdist(w, w, compute_mode="donot_use_mm_for_euclid_dist").square() for w in stacked)
-            found[name] = {"between": (between / scale).sqrt().tolist()}
-            if origin is not None:
-                moved = sum((w - first).square().sum(1) for w, first in zip(stacked, origin, strict=True))
-                found[name]["since_upcycling"] = (moved / scale).sqrt().tolist()
+    found, dense = {}, _tensors(start)
+    for name, layer in moe_layers(model).items():
+        stacked = [getattr(layer.experts, weight).detach().double().flatten(1) for weight in WEIGHTS]
+        origin = _start(dense, name, gated=layer.experts.gated)
+        squares = sum(w.square().sum(1) for w in stacked)  # [N]
+        scale = squares.mean()
+        if origin is not None:
+            origin = [tensor.to(w.device).double().flatten() for tensor, w in zip(origin, stacked, strict=True)]
+            scale = sum(w.square().sum() for w in origin)
+        between = sum(torch.cdist(w, w, compute_mode="donot_use_mm_for_euclid_dist").square() for w in stacked)
+        found[name] = {"between": (between / scale).sqrt().tolist()}
+        if origin is not None:
+            moved = sum((w - first).square().sum(1) for w, first in zip(stacked, origin, strict=True))
+            found[name]["since_upcycling"] = (moved / scale).sqrt().tolist()
     return found
 
 
 Dense = dict[str, tuple[Path, str]]  # plain name -> (file, name there)
 
 
-@contextlib.contextmanager
-def _tensors(folder: Path | None) -> Iterator[Dense]:
+def _tensors(folder: Path | None) -> Dense:
     """Where the tensors of a checkpoint are; {} where there is none, or none that can be read."""
     found: Dense = {}
     for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
             found |= {_plain(name): (path, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    yield found
+    return found
 
 
 def _start(dense: Dense, layer: str, *, gated: bool) -> list[Tensor] | None:
