@@ -1,9 +1,10 @@
 """How fast the kernels are on this GPU: every tile beside cuBLAS, layers beside their peers. A part of `make gpu`.
 
-    python -m libmoe_fast.benchmarks.device_speed ceilings|tiles|layers|once [--json FILE] [--tiny]
+    python -m libmoe_fast.benchmarks.device_speed ceilings|tiles|float32|layers|once [--json FILE] [--tiny]
 
     ceilings  what the GPU does at most: a copy in GB/s, a bf16 product of 8192 x 8192 x 8192 in TFLOP/s
     tiles     each candidate of the table of tiles, forced, and torch.mm of the same FLOPs right before it
+    float32   the same in float32: in full precision, as three tf32 products, in tf32
     layers    a layer in eager mode and as a CUDA graph, its peers, and dense GEMMs as the limit
     once      forward and backward of a layer, for a profiler
 
@@ -13,6 +14,7 @@ sizes that Triton's interpreter can run, to try the program without a GPU: its n
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +26,11 @@ from libmoe_fast.benchmarks.arena import OURS, build_arena
 from libmoe_fast.benchmarks.cases import CLIP, FINE, SIGLIP, TINY, Case, Preset
 from libmoe_fast.benchmarks.limits import copy_of
 from libmoe_fast.benchmarks.measure import Contest, Entrant, make_clock, make_flush
+from libmoe_fast.kernels.experts import FP32_VARIABLE
 from libmoe_fast.kernels.primitives import INTERPRETED
 from libmoe_fast.kernels.run import Launch, architecture, choosing, observing, run
 from libmoe_fast.kernels.shapes import SHAPES, Shape, run_layer
-from libmoe_fast.kernels.tiles import Tile
+from libmoe_fast.kernels.tiles import PRECISIONS, Tile
 from libmoe_fast.kernels.traffic import flops
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -56,25 +59,45 @@ def ceilings(tiny: bool) -> list[dict[str, Any]]:
 
 
 def tiles(tiny: bool) -> list[dict[str, Any]]:
-    shapes = [TINY_SHAPE] if tiny else [replace(SHAPES[0], T=tokens, S=1) for tokens in TILE_TOKENS]
     rows = []
-    for shape in shapes:
-        launches: list[Launch] = []
-        with choosing(lambda gemm, found: found[0]), observing(launches.append):
-            run_layer(shape, "smoe", torch.bfloat16, DEVICE)
-        for launch in launches:
-            if launch.gemm is not None:
-                rows += tile_rows(launch, shape, rounds=2 if tiny else ROUNDS)
-        del launches
+    for tokens in TILE_TOKENS:
+        rows += tile_rows(TINY_SHAPE if tiny else replace(SHAPES[0], T=tokens, S=1), torch.bfloat16, tiny)
+        if tiny:
+            break
     return rows
 
 
-def tile_rows(launch: Launch, shape: Shape, rounds: int) -> list[dict[str, Any]]:
+def float32(tiny: bool) -> list[dict[str, Any]]:
+    """Beside torch.mm in full precision, tf32 beside its tf32."""
+    rows = []
+    for precision in PRECISIONS:
+        os.environ[FP32_VARIABLE] = precision
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        rows += [
+            {"precision": precision} | row for row in tile_rows(TINY_SHAPE if tiny else SHAPES[0], torch.float32, tiny)
+        ]
+    return rows
+
+
+def tile_rows(shape: Shape, dtype: torch.dtype, tiny: bool) -> list[dict[str, Any]]:
+    """Every candidate of the GEMMs of a layer."""
+    launches: list[Launch] = []
+    with choosing(lambda gemm, found: found[0]), observing(launches.append):
+        run_layer(shape, "smoe", dtype, DEVICE)
+    return [
+        row
+        for launch in launches
+        if launch.gemm is not None
+        for row in candidate_rows(launch, shape, dtype, rounds=2 if tiny else ROUNDS)
+    ]
+
+
+def candidate_rows(launch: Launch, shape: Shape, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """The candidates of one launch, on its real arguments."""
     candidates = {tile.name: tile for tile in launch.tiles(architecture(DEVICE))}
     entrants = {name: graphed(Entrant(forced(launch, tile))) for name, tile in candidates.items()}
     sides = product_sides(launch, shape)
-    contest = race(entrants, limit=product_of(*sides), rounds=rounds)
+    contest = race(entrants, limit=product_of(*sides, dtype), rounds=rounds)
     work, rows = flops(launch, shape.rows), []
     for name, timing in contest.timings.items():
         row = {
@@ -116,11 +139,11 @@ def product_sides(launch: Launch, shape: Shape) -> tuple[int, int, int]:
     }[launch.gemm.removesuffix("_gated")]
 
 
-def product_of(M: int, K: int, N: int) -> Callable[[], Any]:
-    """In bf16, on random numbers: a GPU draws less power on zeros, and runs faster."""
-    a = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
-    b = torch.randn(K, N, device=DEVICE, dtype=torch.bfloat16)
-    out = torch.empty(M, N, device=DEVICE, dtype=torch.bfloat16)
+def product_of(M: int, K: int, N: int, dtype: torch.dtype) -> Callable[[], Any]:
+    """On random numbers: a GPU draws less power on zeros, and runs faster."""
+    a = torch.randn(M, K, device=DEVICE, dtype=dtype)
+    b = torch.randn(K, N, device=DEVICE, dtype=dtype)
+    out = torch.empty(M, N, device=DEVICE, dtype=dtype)
     return lambda: torch.mm(a, b, out=out)
 
 
@@ -131,6 +154,7 @@ def layers(tiny: bool) -> list[dict[str, Any]]:
         Case(subject="layer", shape=CLIP, tokens=16384),
         Case(subject="layer", shape=SIGLIP, tokens=2048),
         Case(subject="layer", shape=FINE, tokens=2304),
+        Case(subject="layer", shape=CLIP, tokens=2308, dtype="fp32"),
     ]
     if tiny:
         cases = [Case(subject="layer", shape=TINY, tokens=9, dtype="fp32")]
@@ -187,7 +211,7 @@ def race(entrants: dict[str, Entrant], *, limit: Callable[[], object], rounds: i
     return contest
 
 
-MEASURES = {"ceilings": ceilings, "tiles": tiles, "layers": layers, "once": once}
+MEASURES = {"ceilings": ceilings, "tiles": tiles, "float32": float32, "layers": layers, "once": once}
 
 
 def main() -> None:

@@ -69,7 +69,10 @@ CHECKED = (
     SHAPES[1],
     NO_BIASES,
     Shape(name="no multiple of 16", T=1000, D=1000, H=1100, O=1000, N=6, K=3),
+    Shape(name="gpt-oss", T=1000, D=512, H=256, O=512, N=16, K=4, activation="gpt_oss", gated=True),
     Shape(name="decoding", T=7, D=1024, H=4096, O=1024, N=8, K=2),
+    # Of this one the tests let some choices be of no expert; the kernels are CLIP-L's.
+    Shape(name="free choices", T=1000, D=1024, H=4096, O=1024, N=4, K=2, activation="quick_gelu"),
 )
 
 

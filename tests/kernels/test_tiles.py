@@ -25,8 +25,12 @@ TINY = (
     Shape(name="SigLIP", T=20, D=36, H=269, O=36, N=4, K=2, activation="gelu_pytorch_tanh"),
     Shape(name="no biases", T=30, D=16, H=24, O=16, N=16, K=4, activation="silu", gated=True, bias=False),
     Shape(name="no multiple of 16", T=21, D=25, H=41, O=25, N=6, K=3),
+    Shape(name="gpt-oss", T=30, D=32, H=48, O=32, N=16, K=4, activation="gpt_oss", gated=True),
     Shape(name="decoding", T=3, D=32, H=128, O=32, N=8, K=2),
+    Shape(name="free choices", T=40, D=32, H=128, O=32, N=4, K=2, activation="quick_gelu"),
 )
+# How the choices spread, where not at random.
+LOADS = {"decoding": "some idle", "free choices": "some free"}
 SIZES = {shape.name: shape for shape in (CHECKED if DEVICE == "cuda" else TINY)}
 OPERANDS = {
     "bfloat16": (torch.bfloat16, "ieee"),
@@ -70,9 +74,8 @@ def test_every_tile(size, operands, poisoned_memory, monkeypatch):
         pytest.skip("the interpreter multiplies float32 as it is")
     monkeypatch.setenv(FP32_VARIABLE, precision)
     sizes = {name: getattr(SIZES[size], name) for name in ("T", "D", "H", "O", "N", "K", "activation", "gated")}
-    load = "some idle" if size == "decoding" else "random"
     bias = (SIZES[size].bias, SIZES[size].bias)
-    assert not failures(ExpertCase(**sizes, bias=bias, load=load, dtype=dtype), precision)
+    assert not failures(ExpertCase(**sizes, bias=bias, load=LOADS.get(size, "random"), dtype=dtype), precision)
 
 
 def failures(case: ExpertCase, precision: str, run: Callable = run_experts) -> str:
