@@ -24,7 +24,8 @@ STEP_EXPERTS = 32  # in the products of backward, whose operands all lie in regi
 BLOCK_CHOICES = 256  # choices per block, where another router made them
 PERMUTE_PROGRAMS = 512  # at most: each reads what all blocks counted, so their number must not grow with T
 FORWARD_STEP, BACKWARD_STEP = 256, 128  # bytes of a row of x per step of the routing kernels
-SPLIT_TOKENS = 1024  # tokens per part of the router's weight gradient
+SLICE = 256  # columns of dx per program of route_backward
+SPLIT_TOKENS, MOST_SPLITS = 256, 16  # tokens per part of the router's weight gradient, and parts, which are added up
 
 
 class Routed(NamedTuple):
@@ -185,9 +186,9 @@ def dispatch(
         OVER_TOPK=over_topk,
         BT=block,
         PER=per,
-        BLOCKS=choices_per_step(N) // 2,
-        CHOICES=choices_per_step(N),
-        SEQUENCES=min(choices_per_step(N) // 2, next_power_of_2(sequences)),
+        BLOCKS=choices_per_step(N) // 4,
+        CHOICES=min(choices_per_step(N), max(64, next_power_of_2(per * block * K))),
+        SEQUENCES=min(choices_per_step(N) // 4, next_power_of_2(sequences)),
         num_warps=4,
     )
     return routed, permuted, values
@@ -274,10 +275,12 @@ def dispatch_backward(
     dw_norm = floats(blocks, N, needed=spec.score == "cosine")
     dtemperature_parts = floats(blocks, needed=inputs.temperature is not None)
     arguments = spec_arguments(spec, inputs, temperature, block, BACKWARD_STEP)
+    # With many experts, a program reads scores again that it has stored itself: it has all columns.
+    slice_ = SLICE if padded_experts(N) <= STEP_EXPERTS else next_power_of_2(D)
     warps = 8 if N >= 64 or D % 16 else 4  # fewer would not hold what is [tokens, N], or loads of single elements
     run(
         route_backward_kernel,
-        (blocks,),
+        (blocks, cdiv(D, slice_)),
         device=device,
         **{name: value for name, value in pointers(inputs).items() if name != "bias_ptr"},
         **pointers(routed),
@@ -302,11 +305,13 @@ def dispatch_backward(
         DLOSSES=dlosses is not None,
         HAS_DXS=dxs is not None,
         BN=min(STEP_EXPERTS, padded_experts(N)),
+        SLICE=slice_,
         num_warps=warps,
         **arguments,
     )
 
-    BD, splits = depth_step(x, N, BACKWARD_STEP), cdiv(T, SPLIT_TOKENS)
+    BD, split = depth_step(x, N, BACKWARD_STEP), max(SPLIT_TOKENS, next_power_of_2(cdiv(T, MOST_SPLITS)))
+    splits = cdiv(T, split)
     parts = floats(splits, N * (2 if learned_noise else 1), D)
     sizes = {"N": N, "NP": padded_experts(N), "LEARNED_NOISE": learned_noise, "BD": BD, "num_warps": warps}
     run(
@@ -319,7 +324,7 @@ def dispatch_backward(
         parts_ptr=parts,
         T=T,
         D=D,
-        SPLIT=SPLIT_TOKENS,
+        SPLIT=split,
         BT=32 if N <= 32 else 16,
         **sizes,
     )

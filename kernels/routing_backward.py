@@ -64,10 +64,12 @@ def route_backward_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
     BN: tl.constexpr,
+    SLICE: tl.constexpr,
 ):
-    """Grid and blocks as in route_kernel. ddot, dnoise [T, N]; dbias, dw_norm [blocks, N]; dtemperature [blocks].
+    """ddot, dnoise [T, N]; dbias, dw_norm [blocks, N]; dtemperature [blocks].
 
-    BN: experts at a time in the products with W.
+    Grid: (blocks as in route_kernel, slices of SLICE columns of dx). Each program goes through the scores, the first of
+    a block stores their gradients. BN: experts at a time in the products with W.
     """
     block = tl.program_id(0)
     blocks = tl.cdiv(length, BT)
@@ -77,6 +79,7 @@ def route_backward_kernel(
     i = tl.arange(0, BT)
     n = tl.arange(0, NP)
     real = n < N
+    stored = n < tl.where(tl.program_id(1) == 0, N, 0)
     k = tl.arange(0, KP)
     tn = i[:, None] * N + n[None, :]
     mask = live[:, None] & real[None, :]
@@ -111,7 +114,7 @@ def route_backward_kernel(
         dbias = tl.zeros((NP,), tl.float32)
         if GATE == "softmax":  # other gates are made of p: the bias only chooses
             dbias = tl.sum(dchosen, 0)
-        tl.store(dbias_ptr + block * N + n, dbias, mask=real)
+        tl.store(dbias_ptr + block * N + n, dbias, mask=stored)
 
     dlogits = tl.zeros((BT, NP), tl.float32)
     if AUX:
@@ -141,7 +144,9 @@ def route_backward_kernel(
         dlogits += dscaled / temperature
         if LEARNED_TEMPERATURE:
             terms = tl.where(mask, dscaled * logits, 0.0)
-            tl.store(dtemperature_ptr + block, -tl.sum(tl.sum(terms, 1), 0) / (temperature * temperature))
+            dtemperature = -tl.sum(tl.sum(terms, 1), 0) / (temperature * temperature)
+            if tl.program_id(1) == 0:
+                tl.store(dtemperature_ptr + block, dtemperature)
     else:
         dlogits += dp
     dscore = dlogits
@@ -149,14 +154,14 @@ def route_backward_kernel(
         dscore = dlogits * logits * (1.0 - logits)
     dscore = tl.where(mask, dscore, 0.0)
     if BIAS == "score":
-        tl.store(dbias_ptr + block * N + n, tl.sum(dscore, 0), mask=real)
+        tl.store(dbias_ptr + block * N + n, tl.sum(dscore, 0), mask=stored)
 
     dnoise = dscore
     if NOISE == "learned":  # softplus' = 1 - exp(-softplus)
         noise = tl.load(noise_ptr + t0 * N + tn, mask=mask, other=0.0)
         scale = tl.load(noise_scale_ptr + t0 * N + tn, mask=mask, other=0.0)
         dnoise = dscore * noise * (1.0 - tl.exp(-scale))
-        tl.store(dnoise_ptr + t0 * N + tn, dnoise, mask=mask)
+        tl.store(dnoise_ptr + t0 * N + tn, dnoise, mask=live[:, None] & stored[None, :])
     ddot = dscore
     along_x = tl.zeros((BT,), tl.float32)  # coefficient of x in dx: d norm(x) / dx = x / norm(x)
     if COSINE:
@@ -167,12 +172,13 @@ def route_backward_kernel(
         length_x = x_norm - tau
         safe = length_x > 1e-12
         along_x = tl.where(safe, -tl.sum(dscore * cosine, 1) / (x_norm * tl.where(safe, length_x, 1.0)), 0.0)
-        tl.store(dw_norm_ptr + block * N + n, tl.sum(dscore * cosine, 0), mask=real)
-    tl.store(ddot_ptr + t0 * N + tn, ddot, mask=mask)
+        tl.store(dw_norm_ptr + block * N + n, tl.sum(dscore * cosine, 0), mask=stored)
+    tl.store(ddot_ptr + t0 * N + tn, ddot, mask=live[:, None] & stored[None, :])
 
     if NP > BN:
         tl.debug_barrier()  # what one thread has stored above, others of this program read below
-    for d0 in range(0, D, BD):
+    slice_start = tl.program_id(1) * SLICE
+    for d0 in range(slice_start, tl.minimum(slice_start + SLICE, D), BD):
         d = d0 + tl.arange(0, BD)
         at = i[:, None] * D + d[None, :]
         inside_d = live[:, None] & (d[None, :] < D)

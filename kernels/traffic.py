@@ -210,17 +210,21 @@ def _permute(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
 
 def _route_backward(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
     """Every block reads all of W; once per step of D the permutation and what it wrote itself, the gradients of scores;
-    and weights and choices K-fold for the gates.
+    weights and choices K-fold for the gates; and for each further slice of D all that scores' gradients are made of.
     """
     found, once = tensors(launch), least(launch)
-    blocks, steps = launch.grid({})[0], cdiv(launch.args["D"], launch.args["BD"])
+    blocks, slices = launch.grid({})
+    steps = cdiv(launch.args["D"], launch.args["BD"])
+    whole = ("x", "w", "dxs", "inverse", "noise_w", "first_share", *OUTPUTS["route_backward"])
+    scores = sum(tensor.nbytes for name, tensor in found.items() if name not in whole)
+    shares = 4 * launch.args["N"]
     again = (
         (blocks - 1) * found["w"].nbytes
         + (steps * found["ddot"].nbytes if launch.args["NP"] > launch.args["BN"] else 0)
         + (steps - 1) * found["inverse"].nbytes
-        + found["weights"].nbytes
-        + found["dweights"].nbytes
-        + (blocks - found["first_share"].shape[0]) * 4 * launch.args["N"]
+        + slices * (found["weights"].nbytes + found["dweights"].nbytes)
+        + (slices - 1) * scores
+        + (blocks * slices - found["first_share"].shape[0]) * shares
     )
     return Traffic(loads=once.loads + again, stores=once.stores)
 
@@ -295,7 +299,7 @@ class Counter:
 # Small enough to interpret, large enough that what the formulas leave out (offsets, scalars) does not show.
 SMALL = (
     Shape(name="plain", T=320, D=128, H=256, O=192, N=4, K=2, S=2),
-    Shape(name="gated", T=256, D=128, H=128, O=128, N=8, K=3, activation="silu", gated=True),
+    Shape(name="gated", T=256, D=288, H=128, O=128, N=8, K=3, activation="silu", gated=True),
 )
 
 

@@ -37,9 +37,10 @@ SIZES = [
     pytest.param({"N": 250, "K": 3, "tokens": 20, "sequences": 1}, id="most-experts"),
     pytest.param({"tokens": 1, "sequences": 1}, id="one-token"),
     pytest.param({"tokens": 141, "sequences": 3}, id="blocks-cross-no-sequence"),  # 47 tokens: blocks of 32 and 15
-    pytest.param({"tokens": 1100, "sequences": 1, "D": 8}, id="dW-in-two-parts"),
-    pytest.param({"tokens": 20, "sequences": 20, "N": 250, "K": 1}, id="counts-in-three-steps"),  # 20 blocks, 8 a step
-    pytest.param({"tokens": 280, "sequences": 2, "N": 250, "K": 1}, id="losses-in-two-steps"),  # 9 blocks, 8 a step
+    pytest.param({"tokens": 300, "sequences": 1, "D": 8}, id="dW-in-two-parts"),
+    pytest.param({"D": 520}, id="dx-in-three-slices"),
+    pytest.param({"tokens": 20, "sequences": 20, "N": 250, "K": 1}, id="counts-in-five-steps"),  # 20 blocks, 4 a step
+    pytest.param({"tokens": 280, "sequences": 2, "N": 250, "K": 1}, id="losses-in-three-steps"),  # 9 blocks, 4 a step
     pytest.param({"D": 1}, id="D=1"),
     pytest.param({"D": 128}, id="D-a-whole-step"),
 ]

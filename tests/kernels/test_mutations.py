@@ -48,6 +48,7 @@ CHECKS: dict[str, Callable[[Kernels], None]] = {
     "sigmoid": lambda kernels: check_dispatch(
         kernels, DispatchCase(router={"bias": "score", "probability": "softmax_sigmoid"}, over="topk")
     ),
+    "wide": lambda kernels: check_dispatch(kernels, DispatchCase(D=520)),
     "ties": check_ties,
     "experts": lambda kernels: check_experts(kernels, ExpertCase(T=160, N=4, K=2)),
     "last round": lambda kernels: check_experts(kernels, ExpertCase(**LAST_ROUND)),
@@ -108,6 +109,7 @@ MUTATIONS = [
     Mutation(
         "sigmoid-slope", "sigmoid", "routing_backward.py", "dlogits * logits * (1.0 - logits)", "dlogits * logits"
     ),
+    Mutation("first-slice-only", "wide", "routing_backward.py", "tl.program_id(1) * SLICE", "tl.program_id(1) * 0"),
     # Experts
     Mutation("off-by-one-tile", "experts", "primitives.py", "(after <= tile)", "(after < tile)"),
     Mutation("gelu-slope-sign", "experts", "primitives.py", "+ z * density", "- z * density"),
