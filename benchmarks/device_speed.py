@@ -1,10 +1,11 @@
 """How fast the kernels are on this GPU: every tile beside cuBLAS, layers beside their peers. A part of `make gpu`.
 
-    python -m libmoe_fast.benchmarks.device_speed ceilings|tiles|float32|layers|once [--json FILE] [--tiny]
+    python -m libmoe_fast.benchmarks.device_speed ceilings|tiles|float32|passes|layers|once [--json FILE] [--tiny]
 
     ceilings  what the GPU does at most: a copy in GB/s, a bf16 product of 8192 x 8192 x 8192 in TFLOP/s
     tiles     each candidate of the table of tiles, forced, and torch.mm of the same FLOPs right before it
     float32   the same in float32: in full precision, as three tf32 products, in tf32
+    passes    every kernel that is no product, and a copy of as many bytes as it must move
     layers    a layer in eager mode and as a CUDA graph, its peers, and dense GEMMs as the limit
     once      forward and backward of a layer, for a profiler
 
@@ -13,6 +14,7 @@ sizes that Triton's interpreter can run, to try the program without a GPU: its n
 """
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from libmoe_fast.kernels.primitives import INTERPRETED
 from libmoe_fast.kernels.run import Launch, architecture, choosing, observing, run
 from libmoe_fast.kernels.shapes import SHAPES, Shape, run_layer
 from libmoe_fast.kernels.tiles import PRECISIONS, Tile
-from libmoe_fast.kernels.traffic import flops
+from libmoe_fast.kernels.traffic import flops, least
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 GRAPH = "ours, CUDA graph"
@@ -59,12 +61,11 @@ def ceilings(tiny: bool) -> list[dict[str, Any]]:
 
 
 def tiles(tiny: bool) -> list[dict[str, Any]]:
-    rows = []
-    for tokens in TILE_TOKENS:
-        rows += tile_rows(TINY_SHAPE if tiny else replace(SHAPES[0], T=tokens, S=1), torch.bfloat16, tiny)
-        if tiny:
-            break
-    return rows
+    return [row for shape in shapes_of(tiny) for row in tile_rows(shape, torch.bfloat16, tiny)]
+
+
+def shapes_of(tiny: bool) -> list[Shape]:
+    return [TINY_SHAPE] if tiny else [replace(SHAPES[0], T=tokens, S=1) for tokens in TILE_TOKENS]
 
 
 def float32(tiny: bool) -> list[dict[str, Any]]:
@@ -81,15 +82,19 @@ def float32(tiny: bool) -> list[dict[str, Any]]:
 
 def tile_rows(shape: Shape, dtype: torch.dtype, tiny: bool) -> list[dict[str, Any]]:
     """Every candidate of the GEMMs of a layer."""
-    launches: list[Launch] = []
-    with choosing(lambda gemm, found: found[0]), observing(launches.append):
-        run_layer(shape, "smoe", dtype, DEVICE)
     return [
         row
-        for launch in launches
+        for launch in launches_of(shape, dtype)
         if launch.gemm is not None
         for row in candidate_rows(launch, shape, dtype, rounds=2 if tiny else ROUNDS)
     ]
+
+
+def launches_of(shape: Shape, dtype: torch.dtype) -> list[Launch]:
+    launches: list[Launch] = []
+    with choosing(lambda gemm, found: found[0]), observing(launches.append):
+        run_layer(shape, "smoe", dtype, DEVICE)
+    return launches
 
 
 def candidate_rows(launch: Launch, shape: Shape, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
@@ -118,12 +123,37 @@ def candidate_rows(launch: Launch, shape: Shape, dtype: torch.dtype, rounds: int
     return rows
 
 
-def forced(launch: Launch, tile: Tile) -> Callable[[], None]:
-    def again() -> None:
-        with choosing(lambda gemm, found: tile):
-            run(launch.kernel, launch.grid, launch.gemm, device=DEVICE, itemsize=launch.itemsize, **launch.args)
+def passes(tiny: bool) -> list[dict[str, Any]]:
+    rows = []
+    for shape in shapes_of(tiny):
+        for launch in launches_of(shape, torch.bfloat16):
+            if launch.gemm is not None:
+                continue
+            entrant = graphed(Entrant(functools.partial(again, launch)))
+            moved = least(launch).total
+            contest = race({launch.name: entrant}, limit=copy_of(moved, DEVICE), rounds=2 if tiny else ROUNDS)
+            timing = contest.timings[launch.name]
+            row = {"T": shape.T, "kernel": launch.name, "MB": moved / 1e6, "us": timing.time.median * 1e6}
+            row["of_copy"] = 1 / timing.over_limit.median
+            rows.append(row)
+            print(
+                f"T {row['T']:6} {row['kernel']:16} {row['MB']:8.1f} MB {row['us']:9.1f} us "
+                f"{row['of_copy']:6.1%} of a copy",
+                flush=True,
+            )
+    return rows
 
-    return again
+
+def again(launch: Launch) -> None:
+    run(launch.kernel, launch.grid, launch.gemm, device=DEVICE, itemsize=launch.itemsize, **launch.args)
+
+
+def forced(launch: Launch, tile: Tile) -> Callable[[], None]:
+    def once_more() -> None:
+        with choosing(lambda gemm, found: tile):
+            again(launch)
+
+    return once_more
 
 
 def product_sides(launch: Launch, shape: Shape) -> tuple[int, int, int]:
@@ -211,7 +241,7 @@ def race(entrants: dict[str, Entrant], *, limit: Callable[[], object], rounds: i
     return contest
 
 
-MEASURES = {"ceilings": ceilings, "tiles": tiles, "float32": float32, "layers": layers, "once": once}
+MEASURES = {"ceilings": ceilings, "tiles": tiles, "float32": float32, "passes": passes, "layers": layers, "once": once}
 
 
 def main() -> None:

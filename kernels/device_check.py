@@ -201,6 +201,7 @@ STEPS = (
     ),
     measurement("tiles", "each tile beside cuBLAS", 150),
     measurement("tiles32", "the same in float32", 60, part="float32"),
+    measurement("passes", "kernels that are bound by memory, beside copies", 60),
     measurement("layers", "layers beside their peers and the limit, eager and as a CUDA graph", 100),
     profile(),
 )
