@@ -1,12 +1,39 @@
-"""Combine: each token gathers its K expert rows and sums them, weighted, in float32. Deterministic, no atomics.
+"""Between tokens and their K choices, sorted by expert. Deterministic, no atomics.
 
-rows [T*K, O], inverse [T*K], weights [T, K] -> y [T, O]
+expand    tokens [T, C], order [T*K]                     -> each choice's token  [T*K, C]
+combine   rows [T*K, O], inverse [T*K], weights [T, K]   -> each token's K rows, weighted and summed in float32  [T, O]
 """
 
 import triton
 import triton.language as tl
 
+from .last_round import lower
 from .primitives import cast
+
+
+@triton.jit
+def expand_kernel(
+    tokens_ptr,
+    order_ptr,
+    offsets_ptr,
+    out_ptr,
+    flags_ptr,
+    C,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FLAGS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    if FLAGS:
+        lower(flags_ptr, FLAGS)  # for da and dx
+    row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    live = row < tl.load(offsets_ptr + N)  # what follows is of no expert
+    mask = live[:, None] & (c[None, :] < C)
+    token = tl.load(order_ptr + row, mask=live, other=0) // K
+    value = tl.load(tokens_ptr + token[:, None] * C + c[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + row[:, None] * C + c[None, :], value, mask=mask)
 
 
 @triton.jit

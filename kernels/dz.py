@@ -9,7 +9,6 @@ registers allowed small tiles only.
 import triton
 import triton.language as tl
 
-from .last_round import lower
 from .primitives import INTERPRETED, activate, activation_slope, cast, gated_factor, through_factor
 
 # Rows of a program, and columns of a step at most. Interpreted, programs cost by their number, and columns are few.
@@ -28,7 +27,6 @@ def dz_kernel(
     dz_ptr,
     wa_ptr,
     dweights_ptr,
-    flags_ptr,
     ROWS,
     H,
     O,
@@ -39,7 +37,6 @@ def dz_kernel(
     FAST: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
-    FLAGS: tl.constexpr,
     BH: tl.constexpr,
 ):
     """a = act(z), dz = w da act'(z), w a, and dw = <da, a> + <dy, b2>.
@@ -47,7 +44,6 @@ def dz_kernel(
     wa may be da's memory: of one type and shape, they lie in threads alike, so who stores an element has loaded it.
     No forward GEMM runs again: <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>.
     """
-    lower(flags_ptr, FLAGS)  # for dx
     H1 = H * 2 if GATED else H
     row = tl.program_id(0).to(tl.int64) * DZ_ROWS + tl.arange(0, DZ_ROWS)
     live = row < tl.load(offsets_ptr + N)  # what follows is of no expert

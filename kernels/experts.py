@@ -1,7 +1,7 @@
 """The experts, forward and backward, on plain tensors.
 
-    experts           up, down, combine         3 launches
-    experts_backward  da, dz, dW2, dW1, dxs     5
+    experts           up, down, combine                       3 launches
+    experts_backward  dy sorted, da, dz, dW2, x sorted, dW1, dxs    7, without gradients of weights 4
 
 Forward keeps x, the pre-activation z and the permutation; backward runs no forward GEMM again (see dz_kernel).
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from libmoe_fast.errors import ConfigError
 
-from .combine import combine_kernel
+from .combine import combine_kernel, expand_kernel
 from .dispatch import Permuted
 from .dz import DZ_COLUMNS, DZ_ROWS, dz_kernel
 from .grouped_gemm import back_kernel, down_kernel, up_kernel
@@ -24,6 +24,7 @@ from .tiles import PRECISIONS
 from .weight_grad import DB_COLUMNS, weight_grad_kernel
 
 FP32_VARIABLE = "LIBMOE_FAST_FP32"
+ROWS_WORTH_A_COPY = 64  # of each expert: with fewer, a product takes about as long as to read its weight
 
 
 class ExpertWeights(NamedTuple):
@@ -46,15 +47,15 @@ def experts(
     z = x.new_empty(rows, expert.w1.shape[1]) if store_z else None
     a = x.new_empty(rows, H)
     ys = (x.new_zeros if has_free_choices(permuted, N) else x.new_empty)(rows, O)
-    descriptor = descriptors_usable(device, expert.w1, expert.w2)
-    shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
-    last_round = shared_round("down", expert.w2, shared["PRECISION"])
+    shared = gemm_arguments(x, permuted, N)
+    last_round = shared_round(shared["PRECISION"], down=expert.w2)
+    w1, w1_k_major = laid_out(expert.w1, rows, shared["PRECISION"], k_major=True)
     run(
         up_kernel,
         persistent(rows, N, H, device),
         "up_gated" if expert.gated else "up",
         x_ptr=x,
-        w1=expert.w1,
+        w1=w1,
         b1_ptr=expert.b1,
         order_ptr=permuted.order,
         z_ptr=z,
@@ -69,14 +70,17 @@ def experts(
         BIAS=expert.b1 is not None,
         STORE_Z=store_z,
         FLAGS=last_round.flags.shape[0],
+        K_MAJOR=w1_k_major,
+        DESCRIPTOR=descriptors_usable(device, w1),
         **shared,
     )
+    w2, w2_k_major = laid_out(expert.w2, rows, shared["PRECISION"], k_major=True)
     run(
         down_kernel,
         persistent(rows, N, O, device),
         "down",
-        a_ptr=a,
-        w2=expert.w2,
+        a=a,
+        w2=w2,
         b2_ptr=expert.b2,
         y_ptr=ys,
         slots_ptr=last_round.slots,
@@ -84,6 +88,8 @@ def experts(
         H=H,
         O=O,
         BIAS=expert.b2 is not None,
+        K_MAJOR=w2_k_major,
+        DESCRIPTOR=descriptors_usable(device, a, w2),
         **shared,
     )
     return combine(ys, permuted.inverse, K, weights), z
@@ -92,6 +98,33 @@ def experts(
 def has_free_choices(permuted: Permuted, num_experts: int) -> bool:
     """Whether some choices may be of what follows the experts. No kernel writes their rows, which have to be zero."""
     return permuted.offsets.shape[0] > num_experts + 1
+
+
+def expand(tokens: Tensor, permuted: Permuted, num_experts: int, top_k: int, flags: Tensor | None = None) -> Tensor:
+    """tokens [T, C] -> [T*K, C]: each choice's token, sorted by expert. Rows of choices that no expert runs are left
+    as they are. Lowers the flags of later kernels on the way.
+    """
+    rows, C = permuted.order.shape[0], tokens.shape[1]
+    out = tokens.new_empty(rows, C)
+    BT, BC = 16, 128
+    run(
+        expand_kernel,
+        (cdiv(rows, BT), cdiv(C, BC)),
+        device=tokens.device,
+        tokens_ptr=tokens,
+        order_ptr=permuted.order,
+        offsets_ptr=permuted.offsets,
+        out_ptr=out,
+        flags_ptr=flags,
+        C=C,
+        N=num_experts,
+        K=top_k,
+        FLAGS=0 if flags is None else flags.shape[0],
+        BT=BT,
+        BC=BC,
+        num_warps=4,
+    )
+    return out
 
 
 def combine(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
@@ -142,24 +175,24 @@ def experts_backward(
     """Gradients from dy [T, O]; those of the experts only with `weight_grads`."""
     (T, D), K, (N, O, H) = x.shape, weights.shape[1], expert.w2.shape
     rows, H1, device = T * K, expert.w1.shape[1], x.device
-    descriptor = descriptors_usable(device, expert.w1, expert.w2)
-    shared = gemm_arguments(x, permuted, N) | {"DESCRIPTOR": descriptor}
+    shared = gemm_arguments(x, permuted, N)
+    last_round = shared_round(shared["PRECISION"], da=expert.w2, dx=expert.w1)
+    dys = expand(dy, permuted, N, K, last_round.flags)
     # Without w, da leaves float16's range sooner than the gradients that a user sees.
     da = torch.empty(rows, H, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=device)
-    last_round = shared_round("dx", expert.w1, shared["PRECISION"])
+    w2, w2_k_major = laid_out(expert.w2, rows, shared["PRECISION"], k_major=False)
     scratch = {"slots_ptr": last_round.slots, "flags_ptr": last_round.flags}
     run(
         back_kernel,
         persistent(rows, N, H, device),
         "da",
-        rows_ptr=dy,
-        w=expert.w2,
-        order_ptr=permuted.order,
+        rows=dys,
+        w=w2,
         out_ptr=da,
         M=O,
         C=H,
-        K=K,
-        GATHER=True,
+        K_MAJOR=w2_k_major,
+        DESCRIPTOR=descriptors_usable(device, dys, w2),
         **scratch,
         **shared,
     )
@@ -181,7 +214,6 @@ def experts_backward(
         dz_ptr=dz,
         wa_ptr=wa,
         dweights_ptr=dweights,
-        flags_ptr=last_round.flags,
         ROWS=rows,
         H=H,
         O=O,
@@ -192,27 +224,28 @@ def experts_backward(
         FAST=fast_sigmoid(x),
         GATED=expert.gated,
         BIAS=expert.b2 is not None,
-        FLAGS=last_round.flags.shape[0],
         BH=min(next_power_of_2(H), DZ_COLUMNS),
         num_warps=4,
     )
     dw1 = db1 = dw2 = db2 = None
     if weight_grads:
-        dw2, db2 = weight_grad("dw2", dy, wa, weights, permuted, like=(expert.w2, expert.b2))
-        dw1, db1 = weight_grad("dw1", x, dz, weights, permuted, like=(expert.w1, expert.b1))
+        dw2, db2 = weight_grad("dw2", dys, wa, permuted, like=(expert.w2, expert.b2), weights=weights)
+        del dys  # x's copy may take its memory
+        xs = expand(x, permuted, N, K)
+        dw1, db1 = weight_grad("dw1", dz, xs, permuted, like=(expert.w1, expert.b1))
+    w1, w1_k_major = laid_out(expert.w1, rows, shared["PRECISION"], k_major=False)
     dxs = (x.new_zeros if free else x.new_empty)(rows, D)
     run(
         back_kernel,
         persistent(rows, N, D, device),
         "dx",
-        rows_ptr=dz,
-        w=expert.w1,
-        order_ptr=None,
+        rows=dz,
+        w=w1,
         out_ptr=dxs,
         M=H1,
         C=D,
-        K=K,
-        GATHER=False,
+        K_MAJOR=w1_k_major,
+        DESCRIPTOR=descriptors_usable(device, dz, w1),
         **scratch,
         **shared,
     )
@@ -221,34 +254,37 @@ def experts_backward(
 
 def weight_grad(
     gemm: str,
-    tokens: Tensor,
-    ordered: Tensor,
-    weights: Tensor,
+    left: Tensor,
+    right: Tensor,
     permuted: Permuted,
     *,
     like: tuple[Tensor, Tensor | None],
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dw, db like the weight [N, M, C] and bias [N, M], from tokens [T, ..] and sorted choices [T*K, ..].
-
-    "dw2": tokens^T ordered, and sums of tokens times `weights` [T, K]; "dw1": ordered^T tokens, and sums of ordered.
+    """dw, db like the weight [N, M, C] and bias [N, M]: left^T right, of sorted rows left [T*K, M] and right [T*K, C],
+    and sums of left, times `weights` [T, K] if given.
     """
     dw, db = torch.empty_like(like[0]), None if like[1] is None else torch.empty_like(like[1])
     N, M, C = dw.shape
-    transposed = gemm == "dw1"
+    multiplied = precision(left)
+    if multiplied == "tf32" and architecture(left.device) == "sm90":
+        # Neither factor is K-major, which Hopper's tensor cores ask for in tf32. Through registers three products took
+        # less time than one (H200: 733 us, 850), as their tile is smaller.
+        multiplied = "tf32x3"
 
     def grid(meta: dict) -> tuple:
         programs = 0 if db is None else cdiv(M, DB_COLUMNS.value)
-        return (programs + cdiv(tokens.shape[1], meta["BM"]) * cdiv(ordered.shape[1], meta["BN"]), N)
+        return (programs + cdiv(M, meta["BM"]) * cdiv(C, meta["BN"]), N)
 
     run(
         weight_grad_kernel,
         grid,
         gemm,
-        device=tokens.device,
-        itemsize=tokens.element_size(),
-        tokens_ptr=tokens,
-        ordered=ordered,
-        terms_ptr=ordered if transposed else tokens,
+        device=left.device,
+        itemsize=left.element_size(),
+        left=left,
+        right=right,
+        terms_ptr=left,
         weights_ptr=weights,
         order_ptr=permuted.order,
         offsets_ptr=permuted.offsets,
@@ -257,13 +293,26 @@ def weight_grad(
         M=M,
         C=C,
         rows_log2=rows_log2(permuted),
-        K=weights.shape[1],
-        TRANSPOSED=transposed,
+        WEIGHTED=weights is not None,
         BIAS=db is not None,
-        DESCRIPTOR=descriptors_usable(tokens.device, ordered),
-        PRECISION=precision(tokens),
+        DESCRIPTOR=descriptors_usable(left.device, left, right),
+        PRECISION=multiplied,
     )
     return dw, db
+
+
+def laid_out(weight: Tensor, rows: int, precision: str, *, k_major: bool) -> tuple[Tensor, bool]:
+    """A weight as its product with `rows` rows is fastest, and whether it is K-major then; given, whether it is now.
+
+    16-bit tensor cores take both. In tf32 they take K-major only, and other weights go through registers: on an H200,
+    da took 2.8 times as long as up. In full precision, without tensor cores, threads want the product's columns side by
+    side: down took 3.9 times as long as da. A copy costs a few percent of either.
+    """
+    wanted = precision != "ieee"
+    few = rows < weight.shape[0] * ROWS_WORTH_A_COPY
+    if weight.dtype != torch.float32 or wanted == k_major or few or architecture(weight.device) == "gfx942":
+        return weight, k_major
+    return weight.transpose(1, 2).contiguous(), wanted
 
 
 def gemm_arguments(x: Tensor, permuted: Permuted, num_experts: int) -> dict:

@@ -2,24 +2,24 @@
 
     up     x [T, D] gathered in the load, W1 [N, H, D], b1 -> z = x W1^T + b1, a = act(z)      [T*K, H]
     down   a [T*K, H], W2 [N, O, H], b2                    -> y = a W2^T + b2                  [T*K, O]
-    back   dy [T, O] gathered in the load, W2              -> da = dy W2                       [T*K, H]
+    back   dy [T*K, O] sorted, W2                          -> da = dy W2                       [T*K, H]
            dz [T*K, H], W1                                 -> dxs = dz W1                      [T*K, D]
 
-dz, between the last two, is in dz.py. Persistent: programs walk over tiles (row tile, column tile), so an expert
-boundary costs a partly empty tile and never another expert's K-loop. In down and dx, whose tiles are few and deep, the
+dz, between the last two, is in dz.py. dy is copied into sorted order, for da and dW2, since TMA, which cannot gather,
+is worth more than a copy; of x a copy would cost up what TMA saves. Persistent: programs walk over tiles (row tile,
+column tile), so an expert boundary costs a partly empty tile and never another expert's K-loop. But for up, the
 programs share the depth of what the last round leaves (last_round.py).
 """
 
 import triton
 import triton.language as tl
 
-from .last_round import finish, lower, part_of_depth, part_of_tile, split_last_round, store_columns
+from .last_round import finish, lower, part_of_depth, part_of_tile, split_last_round
 from .primitives import activate, cast, count_row_tiles, find_row_tile, gated_factor, gemm_jit, swizzle
 from .products import columns, product, starting_at, two_products
 
-# Columns of a tile that an epilogue takes at a time, so that registers suffice on sm90 under every Triton tried; back's
-# may be float32.
-UP_COLUMNS, BACK_COLUMNS = tl.constexpr(32), tl.constexpr(128)
+# Columns of a tile that up's epilogue takes at a time, so that registers suffice on sm90 under every Triton tried.
+UP_COLUMNS = tl.constexpr(32)
 
 
 @gemm_jit
@@ -44,6 +44,7 @@ def up_kernel(
     BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
     FLAGS: tl.constexpr,
+    K_MAJOR: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -69,9 +70,13 @@ def up_kernel(
         up = z
         if GATED:
             up = starting_at(b1_ptr, expert * H1 + H + h0, H - h0, BIAS, BM, BN)
-            z, up = two_products(z, up, x_ptr, tokens, live, w1, expert, h0, H, D, DESCRIPTOR, PRECISION, BN, BK)
+            z, up = two_products(
+                z, up, x_ptr, tokens, live, w1, expert, h0, H, D, K_MAJOR, DESCRIPTOR, PRECISION, BN, BK
+            )
         else:
-            z = product(z, x_ptr, tokens, live, w1, expert, h0, D, H1, 0, D, True, DESCRIPTOR, PRECISION, BN, BK)
+            z = product(
+                z, x_ptr, tokens, live, w1, expert, h0, D, H1, 0, D, K_MAJOR, False, DESCRIPTOR, PRECISION, BM, BN, BK
+            )
         z_pieces, up_pieces = columns(z, BM, BN, UP_COLUMNS), columns(up, BM, BN, UP_COLUMNS)
         for i in tl.static_range(BN // UP_COLUMNS):
             h = h0 + i * UP_COLUMNS
@@ -127,7 +132,7 @@ def up_epilogue(
 
 @gemm_jit
 def down_kernel(
-    a_ptr,
+    a,
     w2,
     b2_ptr,
     offsets_ptr,
@@ -140,6 +145,7 @@ def down_kernel(
     N: tl.constexpr,
     NP: tl.constexpr,
     BIAS: tl.constexpr,
+    K_MAJOR: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -161,15 +167,14 @@ def down_kernel(
         o0 = column_tile * BN
         h0, h1 = part_of_depth(part, of, H, BK)
         y = starting_at(b2_ptr, expert * O + o0, tl.where(part == 0, O - o0, 0), BIAS, BM, BN)
-        y = product(y, a_ptr + first * H, row, live, w2, expert, o0, H, O, h0, h1, True, DESCRIPTOR, PRECISION, BN, BK)
+        y = product(y, a, first, live, w2, expert, o0, H, O, h0, h1, K_MAJOR, True, DESCRIPTOR, PRECISION, BM, BN, BK)
         finish(y, y_ptr + first * O, row, live, o0, O, part, of, slots_ptr, flags_ptr, BM, BN)
 
 
 @gemm_jit
 def back_kernel(
-    rows_ptr,
+    rows,
     w,
-    order_ptr,
     offsets_ptr,
     out_ptr,
     slots_ptr,
@@ -179,8 +184,7 @@ def back_kernel(
     rows_log2,
     N: tl.constexpr,
     NP: tl.constexpr,
-    K: tl.constexpr,
-    GATHER: tl.constexpr,
+    K_MAJOR: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -189,14 +193,10 @@ def back_kernel(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """out = rows W for every choice, W [N, M, C]. Rows are tokens', or sorted; then tiles share the last round."""
-    WIDE: tl.constexpr = min(BN, BACK_COLUMNS)
+    """out [T*K, C] = rows W for every choice, W [N, M, C], or if K_MAJOR, that transposed."""
     row_tiles = count_row_tiles(offsets_ptr, N, NP, BM)
     column_tiles = tl.cdiv(C, BN)
-    tiles = row_tiles * column_tiles
-    whole, parts, items = tiles, 1, tiles
-    if not GATHER:
-        whole, parts, items = split_last_round(tiles, M, BK)
+    whole, parts, items = split_last_round(row_tiles * column_tiles, M, BK)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile, part, of = part_of_tile(item, whole, parts)
         row_tile, column_tile = swizzle(tile, row_tiles, column_tiles, GROUP)
@@ -205,15 +205,8 @@ def back_kernel(
         live = first + row < stop
         c0 = column_tile * BN
         m0, m1 = part_of_depth(part, of, M, BK)
-        source, source_row = rows_ptr + first * M, row
-        if GATHER:
-            source = rows_ptr
-            source_row = tl.load(order_ptr + first + row, mask=live, other=0) // K  # int64 [BM]
         out = tl.zeros((BM, BN), tl.float32)
-        out = product(out, source, source_row, live, w, expert, c0, M, C, m0, m1, False, DESCRIPTOR, PRECISION, BN, BK)
-        if GATHER:
-            pieces = columns(out, BM, BN, WIDE)
-            for i in tl.static_range(BN // WIDE):
-                store_columns(pieces[i], out_ptr + first * C, row, live, c0 + i * WIDE + tl.arange(0, WIDE), C)
-        else:
-            finish(out, out_ptr + first * C, row, live, c0, C, part, of, slots_ptr, flags_ptr, BM, BN)
+        out = product(
+            out, rows, first, live, w, expert, c0, M, C, m0, m1, K_MAJOR, True, DESCRIPTOR, PRECISION, BM, BN, BK
+        )
+        finish(out, out_ptr + first * C, row, live, c0, C, part, of, slots_ptr, flags_ptr, BM, BN)

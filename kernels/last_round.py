@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .primitives import INTERPRETED, cast
+from .products import columns
 
 MOST_PARTS = tl.constexpr(4)  # writing and adding up a slot takes as long as a few steps of a product
 LEAST_STEPS = tl.constexpr(1 if INTERPRETED else 4)  # of BK, in a part; tests have few
@@ -50,7 +51,7 @@ def part_of_depth(part, parts, depth, BK: tl.constexpr):
 @triton.jit
 def lower(flags_ptr, FLAGS: tl.constexpr):
     """Lowers all flags, fresh memory, in a kernel before the one that raises them."""
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(flags_ptr + tl.arange(0, FLAGS), tl.zeros((FLAGS,), tl.int32))
 
 
@@ -60,7 +61,11 @@ def finish(
 ):  # fmt: skip
     """Stores a tile [BM, BN], or what its parts come to, in out [rows, COLUMNS] from `column` on."""
     if parts == 1:
-        store_columns(tile, out_ptr, row, live, column + tl.arange(0, BN), COLUMNS)
+        # A whole tile in float32, as float16's da is, takes more registers than there are.
+        WIDE: tl.constexpr = min(BN, 32) if out_ptr.dtype.element_ty == tl.float32 else BN
+        pieces = columns(tile, BM, BN, WIDE)
+        for i in tl.static_range(BN // WIDE):
+            store_columns(pieces[i], out_ptr, row, live, column + i * WIDE + tl.arange(0, WIDE), COLUMNS)
     else:
         slot = tl.program_id(0)
         put(tile, slots_ptr + slot.to(tl.int64) * (BM * BN), BM, BN)

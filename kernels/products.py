@@ -1,7 +1,7 @@
 """Tiles of products of sorted rows and an expert's weight: what the grouped GEMMs are made of.
 
-Rows are read through pointers, since gathered rows cannot use TMA on Hopper; weights through a 3-D descriptor
-[N, rows, columns] where DESCRIPTOR, whose bounds keep an expert's edge from reading its neighbour.
+Where DESCRIPTOR, weights are read through a 3-D one [N, rows, columns], whose bounds keep an expert's edge from reading
+its neighbour; sorted rows through a 2-D one; gathered rows through pointers, since TMA cannot gather on Hopper.
 """
 
 import triton
@@ -13,9 +13,9 @@ from .primitives import dot, halves
 @triton.jit
 def product(
     acc,
-    a_ptr,
-    a_rows,
-    a_live,
+    a,
+    rows,
+    live,
     w,
     expert,
     column,
@@ -23,44 +23,65 @@ def product(
     COLUMNS,
     k_first,
     k_stop,
-    FORWARD: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    SORTED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """acc [BM, BN] + A[a_rows, k_first:k_stop] times columns column..column+BN of an expert's weight.
+    """acc [BM, BN] + A[rows, k_first:k_stop] W, columns column..column+BN of it. w: see weight_block.
 
-    FORWARD: w [N, COLUMNS, C], columns are its rows (A W^T); else w [N, C, COLUMNS] (A W). A pointer or a descriptor.
+    SORTED: rows is the first of BM, and a is a descriptor where w is one: it reads past an expert's rows, for no one.
     """
     if not DESCRIPTOR:
         w += expert.to(tl.int64) * C * COLUMNS
+        if SORTED:
+            a += rows * C
+            rows = tl.arange(0, BM)
     for k0 in range(k_first, k_stop, BK):
         k = k0 + tl.arange(0, BK)
-        a = tl.load(a_ptr + a_rows[:, None] * C + k[None, :], mask=a_live[:, None] & (k[None, :] < C), other=0.0)
-        if FORWARD:
-            b = tl.trans(weight_rows(w, expert, column, k0, C, COLUMNS, DESCRIPTOR, BN, BK))
+        if SORTED and DESCRIPTOR:
+            left = a.load([rows.to(tl.int32), k0])
         else:
-            if DESCRIPTOR:
-                b = tl.reshape(w.load([expert, k0, column]), (BK, BN))
-            else:
-                n = column + tl.arange(0, BN)
-                live = (k[:, None] < C) & (n[None, :] < COLUMNS)
-                b = tl.load(w + k[:, None] * COLUMNS + n[None, :], mask=live, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+            left = tl.load(a + rows[:, None] * C + k[None, :], mask=live[:, None] & (k[None, :] < C), other=0.0)
+        b = weight_block(w, expert, column, k0, C, COLUMNS, K_MAJOR, DESCRIPTOR, BN, BK)
+        acc = dot(left, b, acc, PRECISION)
     return acc
 
 
 @triton.jit
-def weight_rows(w, expert, row, k0, C, ROWS, DESCRIPTOR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """[BN, BK] from (row, k0) of an expert's weight [ROWS, C]: a pointer to that one, or a descriptor of all."""
-    if DESCRIPTOR:
-        return tl.reshape(w.load([expert, row, k0]), (BN, BK))
+def weight_block(
+    w,
+    expert,
+    column,
+    k0,
+    C,
+    COLUMNS,
+    K_MAJOR: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """[BK, BN] of W [C, COLUMNS] from (k0, column). w: a descriptor of all experts' weights [N, C, COLUMNS], or if
+    K_MAJOR, [N, COLUMNS, C]; or a pointer to this one's.
+    """
+    n = column + tl.arange(0, BN)
+    k = k0 + tl.arange(0, BK)
+    if K_MAJOR:
+        if DESCRIPTOR:
+            rows = tl.reshape(w.load([expert, column, k0]), (BN, BK))
+        else:
+            mask = (n[:, None] < COLUMNS) & (k[None, :] < C)
+            rows = tl.load(w + n[:, None] * C + k[None, :], mask=mask, other=0.0)
+        return tl.trans(rows)
     else:
-        n = row + tl.arange(0, BN)
-        k = k0 + tl.arange(0, BK)
-        live = (n[:, None] < ROWS) & (k[None, :] < C)
-        return tl.load(w + n[:, None] * C + k[None, :], mask=live, other=0.0)
+        if DESCRIPTOR:
+            return tl.reshape(w.load([expert, k0, column]), (BK, BN))
+        else:
+            mask = (k[:, None] < C) & (n[None, :] < COLUMNS)
+            return tl.load(w + k[:, None] * COLUMNS + n[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -75,22 +96,23 @@ def two_products(
     h0,
     H,
     D,
+    K_MAJOR: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """z, up [BM, BN] + X[tokens] times rows h0..h0+BN of an expert's W1 [2H, D] and those H below; x is loaded once."""
+    """z, up [BM, BN] + X[tokens] W1, columns h0..h0+BN of it and those H further on; x is loaded once."""
     H1 = H * 2
     if not DESCRIPTOR:
         w1 += expert.to(tl.int64) * D * H1
     for k0 in range(0, D, BK):
         k = k0 + tl.arange(0, BK)
         x = tl.load(x_ptr + tokens[:, None] * D + k[None, :], mask=live[:, None] & (k[None, :] < D), other=0.0)
-        gate_rows = weight_rows(w1, expert, h0, k0, D, H1, DESCRIPTOR, BN, BK)
-        up_rows = weight_rows(w1, expert, H + h0, k0, D, H1, DESCRIPTOR, BN, BK)
-        z = dot(x, tl.trans(gate_rows), z, PRECISION)
-        up = dot(x, tl.trans(up_rows), up, PRECISION)
+        gate = weight_block(w1, expert, h0, k0, D, H1, K_MAJOR, DESCRIPTOR, BN, BK)
+        factor = weight_block(w1, expert, H + h0, k0, D, H1, K_MAJOR, DESCRIPTOR, BN, BK)
+        z = dot(x, gate, z, PRECISION)
+        up = dot(x, factor, up, PRECISION)
     return z, up
 
 

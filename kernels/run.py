@@ -4,7 +4,7 @@ Every launch of the package goes through `run`. `observing` sees them all, and c
 the compile gate, the traffic count and the launch-count tests look at the same launches that a layer makes.
 
 Triton's own way to a launch (tuner, heuristics, binding, specialisation) takes 130 us of Python, and a training step
-makes twelve: at CLIP's sizes more than the GPU works. So a launch that was made before is made again by the compiled
+makes fifteen: at CLIP's sizes more than the GPU works. So a launch that was made before is made again by the compiled
 kernel that it came to (`Prepared`).
 """
 
@@ -220,21 +220,30 @@ def _tuned(kernel: Any, gemm: str, tiles: tuple[Tile, ...]):
     configs = [triton.Config(tile.sizes, **tile.options) for tile in tiles]
     if gemm in DESCRIPTORS:
         # A heuristic, not a pre_hook of each config: with those, triton gives up its cache on disk.
-        argument, _ = DESCRIPTORS[gemm]
-        kernel = triton.heuristics({argument: lambda args: fitted(args, gemm).get(argument, args[argument])})(kernel)
+        kernel = triton.heuristics(
+            {name: functools.partial(operand, gemm=gemm, name=name) for name in DESCRIPTORS[gemm]}
+        )(kernel)
     return triton.autotune(configs=configs, key=TUNING_KEYS[gemm], cache_results=True)(kernel)
 
 
 def fitted(args: dict, gemm: str) -> dict:
-    """A GEMM's operand that is read through a descriptor, where one is: that, of the block which the tile reads."""
-    if gemm not in DESCRIPTORS or not args["DESCRIPTOR"]:
+    """A GEMM's operands that are read through descriptors, where they are: of the blocks which the tile reads."""
+    if not args["DESCRIPTOR"]:
         return {}
+    return {name: operand(args, gemm=gemm, name=name) for name in DESCRIPTORS[gemm]}
+
+
+def operand(args: dict, *, gemm: str, name: str) -> Any:
+    tensor = args[name]
+    if not args["DESCRIPTOR"]:
+        return tensor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    argument, sides = DESCRIPTORS[gemm]
-    operand = args[argument]
-    block = [1] * (operand.ndim - 2) + [args[side] for side in sides]
-    return {argument: TensorDescriptor(operand, operand.shape, operand.stride(), block)}
+    sides = DESCRIPTORS[gemm][name]
+    if tensor.ndim == 3 and args["K_MAJOR"]:
+        sides = sides[::-1]
+    block = [1] * (tensor.ndim - 2) + [args[side] for side in sides]
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block)
 
 
 def architecture(device: torch.device) -> str:
@@ -275,9 +284,10 @@ class Shared(NamedTuple):
     flags: Tensor  # [a power of two, at least the programs] int32, which an earlier kernel lowers
 
 
-def shared_round(gemm: str, weight: Tensor, precision: str) -> Shared:
-    """Enough for whichever tile is chosen for a GEMM with a weight [N, rows, columns]."""
-    device, found = weight.device, _weight_tiles(gemm, weight, precision)
+def shared_round(precision: str, **weights: Tensor) -> Shared:
+    """Enough for GEMMs, one after the other, whichever tiles they take. By name their weights [N, rows, columns]."""
+    device = next(iter(weights.values())).device
+    found = [tile for gemm, weight in weights.items() for tile in _weight_tiles(gemm, weight, precision)]
     floats = processors(device) * max(tile.programs * tile.BM * tile.BN for tile in found)
     flags = next_power_of_2(processors(device) * max(tile.programs for tile in found))
     return Shared(

@@ -15,7 +15,7 @@ PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32 operands, by falling accur
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """BM rows (tokens, or tokens' columns in dw1 and dw2) x BN columns, BK deep; GROUP row tiles share the L2.
+    """BM rows (in dw1 and dw2 the gradient's) x BN columns, BK deep; GROUP row tiles share the L2.
 
     programs: of a persistent kernel, per multiprocessor; with two, one's epilogue runs beside the other's products.
     experts: for at most so many; with more, the search for a tile's expert takes registers that it needs itself.
@@ -61,7 +61,8 @@ _SMALL_32 = Tile(BM=64, BN=128, BK=32, warps=4, stages=3)
 _NARROW_32 = Tile(BM=128, BN=64, BK=32, stages=3)
 _TF32X3 = dict.fromkeys(GEMMS, (_NARROW_32,))  # operands in two halves each: registers for no wider one
 _IEEE = dict.fromkeys(GEMMS, (Tile(BM=64, BN=64, BK=16, stages=3),))
-# The largest tile of which two fit a multiprocessor without spilling. 128 x 128 does not, with 4 warps or 8.
+# Of these two fit a multiprocessor without spilling.
+_SQUARE_TWICE = replace(_SQUARE, warps=4, programs=2)
 _SMALL_TWICE = replace(_SMALL, programs=2)
 
 Row = dict[str, tuple[Tile, ...]]
@@ -87,14 +88,12 @@ TILES: dict[str, dict[str, Row]] = {
     # A gated up holds two accumulators at once: no wide tiles for it.
     "sm90": {
         "16-bit": {
-            **dict.fromkeys(GEMMS, (_WIDE, _SQUARE, _SMALL_TWICE)),
-            "up": (replace(_WIDE, erf=False), _SQUARE, _SMALL_TWICE),
+            "up": (replace(_WIDE, erf=False), replace(_SQUARE_TWICE, erf=False), _SQUARE, _SMALL_TWICE),
             "up_gated": (_SQUARE, _SMALL_TWICE),
-            **dict.fromkeys(("down", "da", "dx"), (replace(_WIDE, experts=128), _SQUARE, _SMALL_TWICE)),
-            # Five stages are three buffers of operands, and the rows two steps ahead.
-            **dict.fromkeys(("dw1", "dw2"), (replace(_WIDE, stages=5), _SQUARE)),
+            **dict.fromkeys(("down", "da", "dx"), (replace(_WIDE, experts=128), _SQUARE_TWICE, _SMALL_TWICE)),
+            **dict.fromkeys(("dw1", "dw2"), (_WIDE, replace(_SQUARE, warps=4))),
         },
-        "tf32": dict.fromkeys(GEMMS, (_SQUARE_32, _SMALL_32)),
+        "tf32": dict.fromkeys(("up", "up_gated", "down", "da", "dx"), (_SQUARE_32, _SMALL_32)),  # dW: as tf32x3
         "tf32x3": _TF32X3,
         "ieee": _IEEE,
     },
@@ -179,15 +178,16 @@ def candidates(
     )
 
 
-# The operand that a kernel may read through a descriptor, and the sides of the block it reads.
+# The operands that a kernel reads through descriptors where DESCRIPTOR, and the sides of the blocks it reads: of a
+# weight, the other way round where K_MAJOR.
 DESCRIPTORS = {
-    "up": ("w1", ("BN", "BK")),
-    "up_gated": ("w1", ("BN", "BK")),
-    "down": ("w2", ("BN", "BK")),
-    "da": ("w", ("BK", "BN")),
-    "dx": ("w", ("BK", "BN")),
-    "dw1": ("ordered", ("BK", "BN")),
-    "dw2": ("ordered", ("BK", "BN")),
+    "up": {"w1": ("BK", "BN")},
+    "up_gated": {"w1": ("BK", "BN")},
+    "down": {"a": ("BM", "BK"), "w2": ("BK", "BN")},
+    "da": {"rows": ("BM", "BK"), "w": ("BK", "BN")},
+    "dx": {"rows": ("BM", "BK"), "w": ("BK", "BN")},
+    "dw1": {"left": ("BK", "BM"), "right": ("BK", "BN")},
+    "dw2": {"left": ("BK", "BM"), "right": ("BK", "BN")},
 }
 
 # What a tuned choice depends on: the arguments of the kernel that fix its work per row, and about how many rows it has.
@@ -195,7 +195,7 @@ TUNING_KEYS = {
     "up": ["D", "H", "N", "K", "rows_log2"],
     "up_gated": ["D", "H", "N", "K", "rows_log2"],
     "down": ["H", "O", "N", "rows_log2"],
-    "da": ["M", "C", "N", "K", "rows_log2"],
+    "da": ["M", "C", "N", "rows_log2"],
     "dx": ["M", "C", "N", "rows_log2"],
     "dw1": ["M", "C", "rows_log2"],
     "dw2": ["M", "C", "rows_log2"],

@@ -55,6 +55,7 @@ OUTPUTS = {
     "permute": (*Permuted._fields, *LossValues._fields),
     "up": ("z", "a"),
     "down": ("y",),
+    "expand": ("out",),
     "combine": ("y",),
     "back": ("out",),
     "dz": ("dz", "wa", "dweights"),
@@ -63,7 +64,8 @@ OUTPUTS = {
     "router_grad": ("parts",),
     "router_reduce": ("dw", "dnoise_w", "dbias", "dtemperature"),
 }
-SCRATCH = ("slots", "flags")  # of a shared last round: neither input nor output
+# Scratch of a shared last round, neither input nor output; and what is `left` once more.
+NOT_COUNTED = ("slots", "flags", "terms")
 NORMS_ONLY = {"route_backward": "x", "router_reduce": "w"}  # arguments that only the gradient of a norm reads
 
 
@@ -84,7 +86,7 @@ def tensors(launch: Launch) -> dict[str, Tensor]:
     found = {}
     for name, value in launch.args.items():
         tensor = value.base if hasattr(value, "block_shape") else value
-        if isinstance(tensor, Tensor) and name.removesuffix("_ptr") not in SCRATCH:
+        if isinstance(tensor, Tensor) and name.removesuffix("_ptr") not in NOT_COUNTED:
             found[name.removesuffix("_ptr")] = tensor
     if launch.name in NORMS_ONLY and not launch.args["COSINE"]:
         del found[NORMS_ONLY[launch.name]]
@@ -160,11 +162,9 @@ def _down(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
 
 
 def _back(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
-    a, rows = launch.args, sum(loads)
-    _, column_tiles, operands = _gemm(launch, meta, loads, width=a["C"], depth=a["M"])
+    a = launch.args
+    _, _, operands = _gemm(launch, meta, loads, width=a["C"], depth=a["M"])
     out = tensors(launch)["out"].nbytes
-    if a["GATHER"]:
-        return Traffic(loads=operands + 8 * rows * column_tiles, stores=out)
     slots = _slots(meta, loads, width=a["C"], depth=a["M"])
     return Traffic(loads=operands + slots, stores=out + slots)
 
@@ -178,14 +178,18 @@ def _dz(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
 
 
 def _weight_grad(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
-    found, a, rows, size = tensors(launch), launch.args, sum(loads), launch.itemsize
-    left, right = found["tokens"].shape[1], found["ordered"].shape[1]
-    left_tiles, right_tiles = cdiv(left, meta["BM"]), cdiv(right, meta["BN"])
-    operands = rows * (left * right_tiles + right * left_tiles) * size
+    a, rows, size = launch.args, sum(loads), launch.itemsize
+    operands = rows * (a["M"] * cdiv(a["C"], meta["BN"]) + a["C"] * cdiv(a["M"], meta["BM"])) * size
     bias = rows * a["M"] * size if a["BIAS"] else 0  # the terms, by programs of their own
-    weights = (8 + 4) * rows * cdiv(a["M"], DB_COLUMNS.value) if a["BIAS"] and not a["TRANSPOSED"] else 0
+    weights = (8 + 4) * rows * cdiv(a["M"], DB_COLUMNS.value) if a["BIAS"] and a["WEIGHTED"] else 0
     grads = len(loads) * a["M"] * (a["C"] + (1 if a["BIAS"] else 0)) * size
-    return Traffic(loads=operands + bias + 8 * rows * left_tiles * right_tiles + weights, stores=grads)
+    return Traffic(loads=operands + bias + weights, stores=grads)
+
+
+def _expand(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
+    """A token's row is read for each of its choices."""
+    a, rows, out = launch.args, sum(loads), tensors(launch)["out"].nbytes
+    return Traffic(loads=out + 8 * rows * cdiv(a["C"], a["BC"]), stores=out)
 
 
 def _combine(launch: Launch, meta: dict, loads: list[int]) -> Traffic:
@@ -248,6 +252,7 @@ FORMULAS: dict[str, Callable[[Launch, dict, list[int]], Traffic]] = {
     "permute": _permute,
     "up": _up,
     "down": _down,
+    "expand": _expand,
     "combine": _combine,
     "back": _back,
     "dz": _dz,

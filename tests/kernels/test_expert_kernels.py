@@ -110,10 +110,13 @@ def poisoned_memory(monkeypatch):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_choices_that_no_expert_runs(dtype, gated, poisoned_memory):
-    """They add nothing and have no gradient, and what nobody wrote of them is not read."""
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_choices_that_no_expert_runs(descriptors, dtype, gated, poisoned_memory, monkeypatch):
+    """They add nothing and have no gradient, and what nobody wrote of them does not show: a descriptor reads it."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(KERNELS.experts, "descriptors_usable", lambda *_: descriptors)
     assert torch.empty(1).isnan().all()
-    case = ExpertCase(load="some free", T=140, dtype=dtype, gated=gated)
+    case = ExpertCase(O=24, load="some free", T=140, dtype=dtype, gated=gated)  # rows of 16 bytes, for descriptors
     data = expert_data(case)
     assert ((data.index >= case.N).any(1) & (data.index < case.N).any(1)).any()
     check_experts(KERNELS, case)
@@ -137,6 +140,23 @@ def test_tiles_of_other_shapes(gated, tile, monkeypatch):
     check_experts(KERNELS, case)
     monkeypatch.setattr(KERNELS.experts, "descriptors_usable", lambda *_: True)
     check_experts(KERNELS, case)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU, float32 products are laid out as they are fastest")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_weights_laid_out_the_other_way(descriptors, gated, monkeypatch):
+    """Up and down on transposed weights, da and dx on K-major ones."""
+    turned = []
+
+    def other(weight, rows, precision, *, k_major):
+        turned.append(k_major)
+        return weight.transpose(1, 2).contiguous(), not k_major
+
+    monkeypatch.setattr(KERNELS.experts, "laid_out", other)
+    monkeypatch.setattr(KERNELS.experts, "descriptors_usable", lambda *_: descriptors)
+    check_experts(KERNELS, ExpertCase(D=48, H=176, O=32, N=3, K=2, T=60, gated=gated))
+    assert turned == [True, True, False, False]
 
 
 @pytest.mark.parametrize(("gated", "dtype"), [(False, torch.float32), (True, torch.bfloat16)], ids=str)

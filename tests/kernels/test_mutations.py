@@ -125,6 +125,13 @@ MUTATIONS = [
     Mutation(
         "w-missing-in-combine", "experts", "combine.py", "value = value * tl.load(", "value = value + 0.0 * tl.load("
     ),
+    Mutation(
+        "next-experts-rows-in-dW",
+        "experts",
+        "weight_grad.py",
+        "mask=mask & live[:, None] if LAST else mask",
+        "mask=mask",
+    ),
     Mutation("w-missing-in-db2", "experts", "weight_grad.py", "terms *= tl.load(", "terms += 0.0 * tl.load("),
     Mutation("last-rows-only-in-db", "experts", "weight_grad.py", "total += terms", "total = terms"),
 ]
