@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "avx2.h"
 #include "avx512.h"
+#include "narrow.h"
 #include "sanitizer.h"
 
 namespace libmoe_fast {
 
-#ifdef LIBMOE_FAST_TILES
+#ifdef LIBMOE_FAST_AVX512
 
 namespace {
 
@@ -85,6 +85,16 @@ LIBMOE_FAST_AVX512 void pack_16_rows(const char* const* rows, int count, int64_t
     } else {
       for (int i = 0; i < left; ++i) store_words(out + i * width, columns, block[i]);
     }
+  }
+}
+
+template <typename T>
+void pack_rows(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed) {
+  const auto* bytes = reinterpret_cast<const char* const*>(rows);
+  for (int first = 0; first < width; first += 16) {
+    const auto columns = static_cast<__mmask16>((1u << std::min(16, width - first)) - 1);
+    pack_16_rows(bytes + first, std::max(0, count - first), elements * static_cast<int64_t>(sizeof(T)), steps, width,
+                 columns, packed + first);
   }
 }
 
@@ -185,27 +195,30 @@ LIBMOE_FAST_AVX512 void pack_tile_across_words(const float* tile, int rows, uint
 
 }  // namespace
 
+#endif
+
 template <typename T>
 void pack_tile_along(const float* tile, int rows, uint32_t* packed) {
-  if (!has_avx512()) return avx2::pack_tile_along<T>(tile, rows, packed);
-  pack_tile_along_words(tile, rows, packed, T());
+#ifdef LIBMOE_FAST_AVX512
+  if (has_avx512()) return pack_tile_along_words(tile, rows, packed, T());
+#endif
+  narrow::pack_tile_along<T>(tile, rows, packed);
 }
 
 template <typename T>
 void pack_tile_across(const float* tile, int rows, uint32_t* packed) {
-  if (!has_avx512()) return avx2::pack_tile_across<T>(tile, rows, packed);
-  pack_tile_across_words(tile, rows, packed, T());
+#ifdef LIBMOE_FAST_AVX512
+  if (has_avx512()) return pack_tile_across_words(tile, rows, packed, T());
+#endif
+  narrow::pack_tile_across<T>(tile, rows, packed);
 }
 
 template <typename T>
 void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed) {
-  if (!has_avx512()) return avx2::pack_along<T>(rows, count, elements, steps, width, packed);
-  const auto* bytes = reinterpret_cast<const char* const*>(rows);
-  for (int first = 0; first < width; first += 16) {
-    const auto columns = static_cast<__mmask16>((1u << std::min(16, width - first)) - 1);
-    pack_16_rows(bytes + first, std::max(0, count - first), elements * static_cast<int64_t>(sizeof(T)), steps, width,
-                 columns, packed + first);
-  }
+#ifdef LIBMOE_FAST_AVX512
+  if (has_avx512()) return pack_rows(rows, count, elements, steps, width, packed);
+#endif
+  narrow::pack_along<T>(rows, count, elements, steps, width, packed);
 }
 
 template <typename T>
@@ -219,38 +232,16 @@ void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t 
       const auto count = static_cast<int>(std::min<int64_t>(width, columns - panel * width));
       const int64_t part = std::min(kBlockSteps, steps - step);
       uint32_t* words = packed + (panel * steps + step) * width;
+#ifdef LIBMOE_FAST_AVX512
       if (has_avx512()) {
         pack_across_words(first, column + panel * width, count, part, steps - step, width, words);
-      } else {
-        avx2::pack_panel_across<T>(first, column + panel * width, count, part, width, words);
+        continue;
       }
+#endif
+      narrow::pack_panel_across<T>(first, column + panel * width, count, part, width, words);
     }
   }
 }
-
-#else  // Never called: tiles_pay says no.
-
-template <typename T>
-void pack_along(const T* const*, int, int64_t, int64_t, int, uint32_t*) {
-  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
-}
-
-template <typename T>
-void pack_across(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*) {
-  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
-}
-
-template <typename T>
-void pack_tile_along(const float*, int, uint32_t*) {
-  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
-}
-
-template <typename T>
-void pack_tile_across(const float*, int, uint32_t*) {
-  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
-}
-
-#endif
 
 #define LIBMOE_FAST_INSTANTIATE(T)                                                        \
   template void pack_along<T>(const T* const*, int, int64_t, int64_t, int, uint32_t*);    \

@@ -6,15 +6,15 @@
 #include <string>
 #include <type_traits>
 
-#include "avx2.h"
 #include "avx512.h"
+#include "narrow.h"
 #include "packing.h"
 
 namespace libmoe_fast {
 
 namespace {
 
-constexpr int64_t kFewRows = 128, kManyExperts = 16;
+[[maybe_unused]] constexpr int64_t kFewRows = 128, kManyExperts = 16;
 
 enum class Gemm { best, torch, tiles };
 
@@ -32,23 +32,28 @@ Gemm demanded() {
 
 }  // namespace
 
-#ifdef LIBMOE_FAST_TILES
-
-bool tiles_pay(ScalarType dtype, int64_t choices, int64_t experts) {
-  const bool bf16 = dtype == ScalarType::BFloat16;
+bool tiles_pay([[maybe_unused]] ScalarType dtype, [[maybe_unused]] int64_t choices, [[maybe_unused]] int64_t experts) {
   const Gemm gemm = demanded();
+  if (!has_narrow() || gemm == Gemm::torch) return false;
+#ifdef LIBMOE_FAST_AVX512
+  const bool bf16 = dtype == ScalarType::BFloat16;
   if (!has_avx512()) {
     // torch's mm takes fp32 as fast as 16 registers allow, but packs the weights again for each expert: many of them, or
     // with few rows, are faster in tiles. Nothing there multiplies bf16 well.
-    const bool faster = bf16 || choices < kFewRows * experts || experts >= kManyExperts;
-    return has_avx2() && gemm != Gemm::torch && (gemm == Gemm::tiles || faster);
+    return gemm == Gemm::tiles || bf16 || choices < kFewRows * experts || experts >= kManyExperts;
   }
   // AMX multiplies bf16 many times faster than AVX-512, and oneDNN, behind torch's mm, uses it.
   const bool faster = !bf16 || !__builtin_cpu_supports("amx-bf16");
-  return (!bf16 || has_avx512_bf16()) && gemm != Gemm::torch && (gemm == Gemm::tiles || faster);
+  return (!bf16 || has_avx512_bf16()) && (gemm == Gemm::tiles || faster);
+#else
+  // Where they are faster on ARM, whose libraries differ between machines, nobody has measured: only where asked for.
+  return gemm == Gemm::tiles;
+#endif
 }
 
 int best_tile_rows() { return has_avx512() ? kTileRows : 12; }
+
+#ifdef LIBMOE_FAST_AVX512
 
 namespace {
 
@@ -158,43 +163,32 @@ void multiply_in_parts(int rows, int64_t steps, const uint32_t* left, const Righ
 
 }  // namespace
 
+#endif
+
 template <typename T>
 void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead) {
-  if (!has_avx512()) return avx2::multiply_tile<T>(rows, steps, left, right, tile, ahead);
-  multiply_in_parts<T>(rows, steps, left, [=](int64_t step) { return PackedRight<T>{right + step * kTileColumns}; }, tile,
-                       ahead);
+#ifdef LIBMOE_FAST_AVX512
+  if (has_avx512()) {
+    const auto right_from = [=](int64_t step) { return PackedRight<T>{right + step * kTileColumns}; };
+    return multiply_in_parts<T>(rows, steps, left, right_from, tile, ahead);
+  }
+#endif
+  narrow::multiply_tile<T>(rows, steps, left, right, tile, ahead);
 }
 
 template <typename T>
 void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const T* const* right, int64_t column,
                            uint32_t* packed, float* tile, Ahead ahead) {
-  if (!has_avx512()) return avx2::multiply_tile_packing<T>(rows, steps, left, right, column, packed, tile, ahead);
-  const auto right_from = [=](int64_t step) {
-    return RightRows<T>{right + step * kPerWord<T>, column, steps - step, packed + step * kTileColumns};
-  };
-  multiply_in_parts<T>(rows, steps, left, right_from, tile, ahead);
-}
-
-#else  // No instructions for which this layout was made: torch's mm does the work, and none of these is called.
-
-bool tiles_pay(ScalarType, int64_t, int64_t) {
-  demanded();
-  return false;
-}
-
-int best_tile_rows() { return kTileRows; }
-
-template <typename T>
-void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead) {
-  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
-}
-
-template <typename T>
-void multiply_tile_packing(int, int64_t, const uint32_t*, const T* const*, int64_t, uint32_t*, float*, Ahead) {
-  throw std::logic_error("libmoe_fast: tiles are not used on this machine");
-}
-
+#ifdef LIBMOE_FAST_AVX512
+  if (has_avx512()) {
+    const auto right_from = [=](int64_t step) {
+      return RightRows<T>{right + step * kPerWord<T>, column, steps - step, packed + step * kTileColumns};
+    };
+    return multiply_in_parts<T>(rows, steps, left, right_from, tile, ahead);
+  }
 #endif
+  narrow::multiply_tile_packing<T>(rows, steps, left, right, column, packed, tile, ahead);
+}
 
 template void multiply_tile<float>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
 template void multiply_tile<BFloat16>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);

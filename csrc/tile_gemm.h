@@ -14,7 +14,7 @@ namespace libmoe_fast {
 
 constexpr int kTileRows = 14, kTileColumns = 32;  // 28 accumulators, 2 right words, 1 left word: 31 of 32 registers
 
-// Rows of a tile that this machine multiplies best: 14, or 12 where 16 registers hold 6 rows at a time (avx2.cpp).
+// Rows of a tile that this machine multiplies best: 14, or 12 where 16 registers hold 6 rows at a time (narrow.cpp).
 int best_tile_rows();
 
 constexpr int64_t kCacheLine = 64;

@@ -7,7 +7,7 @@
 
 namespace libmoe_fast {
 
-#ifdef LIBMOE_FAST_TILES
+#ifdef LIBMOE_FAST_AVX512
 
 bool rounds_in_hardware() { return has_avx512_bf16(); }
 

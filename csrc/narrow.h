@@ -1,11 +1,12 @@
-// Tiles where there is no AVX-512: the same operands (packing.h), multiplied in pieces for which 16 registers suffice.
+// Tiles where there is no AVX-512, on AVX2 or NEON: the same operands (packing.h), multiplied in pieces for which their
+// registers suffice.
 #pragma once
 
 #include <cstdint>
 
 #include "tile_gemm.h"
 
-namespace libmoe_fast::avx2 {
+namespace libmoe_fast::narrow {
 
 // As the functions of the same names in tile_gemm.h and packing.h. bf16 words are widened as they are multiplied.
 template <typename T>
@@ -24,4 +25,4 @@ void pack_tile_across(const float* tile, int rows, uint32_t* packed);
 template <typename T>
 void pack_panel_across(const T* const* rows, int64_t column, int count, int64_t steps, int width, uint32_t* packed);
 
-}  // namespace libmoe_fast::avx2
+}  // namespace libmoe_fast::narrow

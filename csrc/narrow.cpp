@@ -1,70 +1,48 @@
-#include "avx2.h"
-
-#include "avx512.h"
-
-#ifdef LIBMOE_FAST_TILES
+#include "narrow.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 
 #include "expert_tiles.h"
 #include "packing.h"
+#include "vectors.h"
 
-#define LIBMOE_FAST_AVX2 __attribute__((target("avx2,fma")))
+namespace libmoe_fast::narrow {
 
-namespace libmoe_fast::avx2 {
+#ifdef LIBMOE_FAST_NARROW
 
 namespace {
 
-constexpr int kColumns = 16;  // that are multiplied at a time, by up to 6 rows: 12 accumulators, 2 right words, 1 left
+constexpr int kColumns = 16;  // that are multiplied at a time, by up to kMostRows rows
 // So many steps of both operands stay in the first-level cache, while the columns are multiplied in turn.
 template <typename T>
 constexpr int64_t kStepsPerSum = std::is_same_v<T, float> ? 256 : 128;
 
-LIBMOE_FAST_AVX2 inline __m256i load_words(const uint32_t* words) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-}
-
-// The two values of each bf16 word, in float.
-LIBMOE_FAST_AVX2 inline __m256 first_value(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
-LIBMOE_FAST_AVX2 inline __m256 second_value(__m256i words) {
-  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
-}
-
 // row [kColumns] = sum, or row += sum
-LIBMOE_FAST_AVX2 inline void store_sum(float* row, __m256 sum, bool add) {
-  _mm256_storeu_ps(row, add ? _mm256_add_ps(_mm256_loadu_ps(row), sum) : sum);
+LIBMOE_FAST_VECTORS inline void store_sum(float* row, Floats sum, bool add_to_it) {
+  store_floats(row, add_to_it ? add(load_floats(row), sum) : sum);
 }
 
 // From the second-level cache: the first one's own guess stops at the stride of a step.
 constexpr int kWordsAhead = 12 * kTileColumns;
 
-// One step more: sum += left (x) right.
-template <int kRows>
-LIBMOE_FAST_AVX2 inline void add_products(__m256 (&sum)[kRows][2], const float* left, __m256 right0, __m256 right1) {
-  LIBMOE_FAST_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    const __m256 value = _mm256_broadcast_ss(left + i);
-    sum[i][0] = _mm256_fmadd_ps(value, right0, sum[i][0]);
-    sum[i][1] = _mm256_fmadd_ps(value, right1, sum[i][1]);
-  }
-}
-
 // left: fp32 values [steps * kPerWord<T>, kTileRows].
 template <int kRows, typename T>
-LIBMOE_FAST_AVX2 void multiply(int64_t steps, const float* left, const uint32_t* right, float* tile, bool add,
+LIBMOE_FAST_VECTORS void multiply(int64_t steps, const float* left, const uint32_t* right, float* tile, bool add,
                                Ahead ahead) {
-  __m256 sum[kRows][2];
+  Floats sum[kRows][2];
   LIBMOE_FAST_UNROLL
-  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = zeros();
   for (; steps > 0; --steps, left += kPerWord<T> * kTileRows, right += kTileColumns) {
-    _mm_prefetch(ahead.data, _MM_HINT_T1);
+    __builtin_prefetch(ahead.data, 0, 2);
     ahead.data += ahead.bytes_per_step;
-    _mm_prefetch(reinterpret_cast<const char*>(right + kWordsAhead), _MM_HINT_T0);
-    const __m256i words0 = load_words(right), words1 = load_words(right + 8);
+    __builtin_prefetch(right + kWordsAhead);
+    const Words words0 = load_words(right), words1 = load_words(right + 8);
     if constexpr (std::is_same_v<T, float>) {
-      add_products<kRows>(sum, left, _mm256_castsi256_ps(words0), _mm256_castsi256_ps(words1));
+      add_products<kRows>(sum, left, as_floats(words0), as_floats(words1));
     } else {
       add_products<kRows>(sum, left, first_value(words0), first_value(words1));
       add_products<kRows>(sum, left + kTileRows, second_value(words0), second_value(words1));
@@ -79,23 +57,24 @@ LIBMOE_FAST_AVX2 void multiply(int64_t steps, const float* left, const uint32_t*
 
 template <typename T>
 using Multiply = void (*)(int64_t, const float*, const uint32_t*, float*, bool, Ahead);
+template <typename T, int... kRows>
+constexpr std::array<Multiply<T>, sizeof...(kRows)> multiplications(std::integer_sequence<int, kRows...>) {
+  return {multiply<kRows + 1, T>...};
+}
 template <typename T>
-constexpr Multiply<T> kMultiply[] = {multiply<1, T>, multiply<2, T>, multiply<3, T>,
-                                     multiply<4, T>, multiply<5, T>, multiply<6, T>};
+constexpr auto kMultiply = multiplications<T>(std::make_integer_sequence<int, kMostRows<T>>());
 
 // A left operand's words of bf16 in fp32: [2 * steps, kTileRows]. Once for all columns: their products need no room then.
-LIBMOE_FAST_AVX2 void widen(int64_t steps, const uint32_t* left, float* wide) {
+LIBMOE_FAST_VECTORS void widen(int64_t steps, const uint32_t* left, float* wide) {
   constexpr int kLast = kTileRows - 8;  // the second half overlaps the first
   for (; steps > 0; --steps, left += kTileRows, wide += 2 * kTileRows) {
-    const __m256i low = load_words(left), high = load_words(left + kLast);
-    _mm256_storeu_ps(wide, first_value(low));
-    _mm256_storeu_ps(wide + kLast, first_value(high));
-    _mm256_storeu_ps(wide + kTileRows, second_value(low));
-    _mm256_storeu_ps(wide + kTileRows + kLast, second_value(high));
+    const Words low = load_words(left), high = load_words(left + kLast);
+    store_floats(wide, first_value(low));
+    store_floats(wide + kLast, first_value(high));
+    store_floats(wide + kTileRows, second_value(low));
+    store_floats(wide + kTileRows + kLast, second_value(high));
   }
 }
-
-constexpr int kMostRows = 6;
 
 // A part of the steps, some columns after the other.
 template <typename T>
@@ -108,7 +87,7 @@ void multiply_part(int rows, int64_t steps, const uint32_t* left, const uint32_t
     values = wide;
   }
   for (int column = 0; column < kTileColumns; column += kColumns) {
-    int64_t pieces = divide_up(rows, kMostRows);
+    int64_t pieces = divide_up(rows, kMostRows<T>);
     for (int row = 0, count; row < rows; row += count) {
       count = static_cast<int>(divide_up(rows - row, pieces--));
       kMultiply<T>[count - 1](steps, values + row, right + column, tile + row * kTileColumns + column, add, ahead);
@@ -119,37 +98,8 @@ void multiply_part(int rows, int64_t steps, const uint32_t* left, const uint32_t
 
 Ahead after(Ahead ahead, int64_t steps) { return {ahead.data + steps * ahead.bytes_per_step, ahead.bytes_per_step}; }
 
-// 8 x 8 words: row i of `block` becomes column i.
-LIBMOE_FAST_AVX2 inline void transpose(__m256i (&block)[8]) {
-  __m256i pairs[8], quads[8];
-  LIBMOE_FAST_UNROLL
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_epi32(block[i], block[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_epi32(block[i], block[i + 1]);
-  }
-  LIBMOE_FAST_UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    quads[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    quads[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    quads[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    quads[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-  LIBMOE_FAST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    block[i] = _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x20);
-    block[i + 4] = _mm256_permute2x128_si256(quads[i], quads[i + 4], 0x31);
-  }
-}
-
-// The first `count` words: 8, or 6, which is what is left of a left operand.
-LIBMOE_FAST_AVX2 inline void store_words(uint32_t* packed, int count, __m256i words) {
-  if (count == 8) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), words);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(words));
-  _mm_storeu_si64(packed + 4, _mm256_extracti128_si256(words, 1));
-}
-
 // Up to 8 rows of `bytes` bytes into words [step * width + row].
-LIBMOE_FAST_AVX2 void pack_8_rows(const char* const* rows, int count, int64_t bytes, int64_t steps, int width, int columns,
+LIBMOE_FAST_VECTORS void pack_8_rows(const char* const* rows, int count, int64_t bytes, int64_t steps, int width, int columns,
                                   uint32_t* packed) {
   // As in packing.cpp: the rows of a weight that come next, fetched in order meanwhile.
   const bool adjacent = count >= 8 && rows[7] - rows[0] == 7 * bytes;
@@ -157,13 +107,12 @@ LIBMOE_FAST_AVX2 void pack_8_rows(const char* const* rows, int count, int64_t by
   int64_t step = 0;
   for (; (step + 8) * 4 <= bytes; step += 8) {
     if (next != nullptr) {
-      for (int line = 0; line < 4; ++line) _mm_prefetch(next + step * 32 + line * 64, _MM_HINT_T1);
+      for (int line = 0; line < 4; ++line) __builtin_prefetch(next + step * 32 + line * 64, 0, 2);
     }
-    __m256i block[8];
+    Words block[8];
     LIBMOE_FAST_UNROLL
     for (int i = 0; i < 8; ++i) {
-      block[i] = i < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + step * 4))
-                           : _mm256_setzero_si256();
+      block[i] = i < count ? load_words(rows[i] + step * 4) : no_words();
     }
     transpose(block);
     LIBMOE_FAST_UNROLL
@@ -180,11 +129,11 @@ LIBMOE_FAST_AVX2 void pack_8_rows(const char* const* rows, int count, int64_t by
 
 // kCount values of one row, or of two that are paired, in words.
 template <int kCount>
-LIBMOE_FAST_AVX2 inline void pair_words(const float* const* rows, int64_t column, uint32_t* packed) {
+LIBMOE_FAST_VECTORS inline void pair_words(const float* const* rows, int64_t column, uint32_t* packed) {
   std::memcpy(packed, rows[0] + column, kCount * 4);
 }
 template <int kCount>
-LIBMOE_FAST_AVX2 inline void pair_words(const BFloat16* const* rows, int64_t column, uint32_t* packed) {
+LIBMOE_FAST_VECTORS inline void pair_words(const BFloat16* const* rows, int64_t column, uint32_t* packed) {
   const BFloat16 *even = rows[0] + column, *odd = rows[1] + column;
   for (int j = 0; j < kCount; ++j) packed[j] = even[j].x | static_cast<uint32_t>(odd[j].x) << 16;
 }
@@ -237,7 +186,7 @@ void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps
 }
 
 template <typename T>
-LIBMOE_FAST_AVX2 void pack_panel_across(const T* const* rows, int64_t column, int count, int64_t steps, int width,
+LIBMOE_FAST_VECTORS void pack_panel_across(const T* const* rows, int64_t column, int count, int64_t steps, int width,
                                         uint32_t* packed) {
   for (int64_t step = 0; step < steps; ++step, rows += kPerWord<T>, packed += width) {
     const bool there = rows[0] != nullptr && rows[kPerWord<T> - 1] != nullptr;
@@ -279,7 +228,7 @@ void pack_tile_across<float>(const float* tile, int rows, uint32_t* packed) {
 }
 
 template <>
-LIBMOE_FAST_AVX2 void pack_tile_across<BFloat16>(const float* tile, int rows, uint32_t* packed) {
+LIBMOE_FAST_VECTORS void pack_tile_across<BFloat16>(const float* tile, int rows, uint32_t* packed) {
   for (int row = 0; row < rows; row += 2, tile += 2 * kTileColumns, packed += kTileColumns) {
     const bool pair = row + 1 < rows;
     for (int j = 0; j < kTileColumns; ++j) {
@@ -287,6 +236,51 @@ LIBMOE_FAST_AVX2 void pack_tile_across<BFloat16>(const float* tile, int rows, ui
     }
   }
 }
+
+#else  // Never called: tiles_pay says no.
+
+namespace {
+
+[[noreturn]] void not_here() { throw std::logic_error("libmoe_fast: tiles are not used on this machine"); }
+
+}  // namespace
+
+template <typename T>
+void multiply_tile(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead) {
+  not_here();
+}
+
+template <typename T>
+void multiply_tile_packing(int, int64_t, const uint32_t*, const T* const*, int64_t, uint32_t*, float*, Ahead) {
+  not_here();
+}
+
+template <typename T>
+void pack_along(const T* const*, int, int64_t, int64_t, int, uint32_t*) {
+  not_here();
+}
+
+template <typename T>
+void pack_panel_across(const T* const*, int64_t, int, int64_t, int, uint32_t*) {
+  not_here();
+}
+
+template <typename T>
+void pack_tile_along(const float*, int, uint32_t*) {
+  not_here();
+}
+
+template <typename T>
+void pack_tile_across(const float*, int, uint32_t*) {
+  not_here();
+}
+
+template void pack_tile_along<float>(const float*, int, uint32_t*);
+template void pack_tile_along<BFloat16>(const float*, int, uint32_t*);
+template void pack_tile_across<float>(const float*, int, uint32_t*);
+template void pack_tile_across<BFloat16>(const float*, int, uint32_t*);
+
+#endif
 
 #define LIBMOE_FAST_INSTANTIATE(T)                                                                                     \
   template void multiply_tile<T>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);                       \
@@ -297,6 +291,4 @@ LIBMOE_FAST_AVX2 void pack_tile_across<BFloat16>(const float* tile, int rows, ui
 LIBMOE_FAST_INSTANTIATE(float)
 LIBMOE_FAST_INSTANTIATE(BFloat16)
 
-}  // namespace libmoe_fast::avx2
-
-#endif
+}  // namespace libmoe_fast::narrow

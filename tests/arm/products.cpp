@@ -1,0 +1,103 @@
+// Tiles beside sums in double, for every number of rows and an odd depth, packed along, across and on the way: exit
+// code 1 and a line for each that is wrong. Compiled for ARM and run in an emulator by test_arm.py, and here as well.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "packing.h"
+#include "tile_gemm.h"
+
+using namespace libmoe_fast;
+
+namespace {
+
+int wrong = 0;
+
+template <typename T>
+void check(const char* what, int rows, int64_t depth, const std::vector<T>& left, const std::vector<T>& right,
+           const float* tile) {
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < kTileColumns; ++j) {
+      double exact = 0, size = 0;
+      for (int64_t k = 0; k < depth; ++k) {
+        const double term = double(float(left[i * depth + k])) * double(float(right[k * kTileColumns + j]));
+        exact += term;
+        size += std::fabs(term);
+      }
+      const double error = std::fabs(tile[i * kTileColumns + j] - exact);
+      // A sum of n terms in float32: sqrt(n) roundings of half a unit, in a chain of at most 256; with a margin of 4.
+      if (!(error <= 4 * std::sqrt(256.0) * size * 0x1p-24)) {
+        std::printf("%s: rows %d, depth %d, at %d, %d: %g, expected %g\n", what, rows, int(depth), i, j,
+                    double(tile[i * kTileColumns + j]), exact);
+        ++wrong;
+        return;
+      }
+    }
+  }
+}
+
+template <typename T>
+void products(const char* name, int rows, int64_t depth) {
+  std::mt19937 random(rows * 1000 + depth);
+  std::normal_distribution<float> normal;
+  std::vector<T> left(rows * depth), right(depth * kTileColumns);
+  for (T& value : left) value = T(normal(random));
+  for (T& value : right) value = T(normal(random));
+  const int64_t steps = (depth + kPerWord<T> - 1) / kPerWord<T>;
+
+  std::vector<const T*> left_rows, right_rows(steps * kPerWord<T> + kRowsAhead, nullptr);
+  for (int i = 0; i < rows; ++i) left_rows.push_back(&left[i * depth]);
+  for (int64_t k = 0; k < depth; ++k) right_rows[k] = &right[k * kTileColumns];
+  std::vector<uint32_t> packed_left(steps * kTileRows + 16), packed(steps * kTileColumns + 16), on_the_way(packed.size());
+  pack_along<T>(left_rows.data(), rows, depth, steps, kTileRows, packed_left.data());
+  pack_across<T>(right_rows.data(), 0, kTileColumns, steps, kTileColumns, packed.data());
+
+  alignas(64) float tile[kTileRows * kTileColumns];
+  multiply_tile<T>(rows, steps, packed_left.data(), packed.data(), tile);
+  check(name, rows, depth, left, right, tile);
+  if (depth % kPerWord<T> == 0) {  // rows that are packed on the way are there
+    multiply_tile_packing<T>(rows, steps, packed_left.data(), right_rows.data(), 0, on_the_way.data(), tile);
+    check(name, rows, depth, left, right, tile);
+    if (packed != on_the_way) std::printf("%s: packed on the way, other words\n", name), ++wrong;
+  }
+
+  // The finished tile as the next left operand: over its columns, times the first kTileColumns rows of `right`.
+  if (depth < kTileColumns) return;
+  std::vector<T> result(rows * kTileColumns);
+  for (int i = 0; i < rows * kTileColumns; ++i) result[i] = T(tile[i]);
+  std::vector<uint32_t> along(kTileColumns / kPerWord<T> * kTileRows + 16);
+  pack_tile_along<T>(tile, rows, along.data());
+  alignas(64) float next[kTileRows * kTileColumns];
+  multiply_tile<T>(rows, kTileColumns / kPerWord<T>, along.data(), packed.data(), next);
+  check(name, rows, kTileColumns, result, std::vector<T>(right.begin(), right.begin() + kTileColumns * kTileColumns), next);
+
+  // And as the next right operand, summed over its rows: the transposed left times it.
+  std::vector<T> turned(kTileRows * (rows + rows % 2));
+  std::vector<const T*> turned_rows;
+  std::vector<T> result_rows((rows + rows % 2) * kTileColumns);
+  std::copy(result.begin(), result.end(), result_rows.begin());
+  for (int i = 0; i < kTileRows; ++i) {
+    for (int k = 0; k < rows; ++k) turned[i * (rows + rows % 2) + k] = T(normal(random));
+    turned_rows.push_back(&turned[i * (rows + rows % 2)]);
+  }
+  const int64_t pairs = (rows + rows % 2) / kPerWord<T>;
+  std::vector<uint32_t> across((rows + 2) * kTileColumns + 16), short_left(pairs * kTileRows + 16);
+  pack_tile_across<T>(tile, rows, across.data());
+  pack_along<T>(turned_rows.data(), kTileRows, rows + rows % 2, pairs, kTileRows, short_left.data());
+  multiply_tile<T>(kTileRows, pairs, short_left.data(), across.data(), next);
+  check(name, kTileRows, rows + rows % 2, turned, result_rows, next);
+}
+
+}  // namespace
+
+int main() {
+  for (int rows = 1; rows <= best_tile_rows(); ++rows) {
+    for (int64_t depth : {1, 2, 7, 8, 33, 64, 301, 1024}) {
+      products<float>("float32", rows, depth);
+      products<BFloat16>("bfloat16", rows, depth);
+    }
+  }
+  if (wrong == 0) std::printf("right: tiles of up to %d rows\n", best_tile_rows());
+  return wrong == 0 ? 0 : 1;
+}
