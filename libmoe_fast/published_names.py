@@ -7,6 +7,7 @@ model.mm_projector.0, .2                                  multi_modal_projector.
 *.moelayer.experts.e.fc1|0, .fc2|2                        *.experts.w1, .w2, .bias1, .bias2: stacked, [N, H, D], ...
 *.moelayer.gate, hyper_embedding, hypernet                *.router.weight, .bias, .embedding, .hypernet.*
 *.moelayer.expert_embeddings, inp_reduction (XMoE)        *.router.weight, .projection
+*.moelayer.experts.e.constant, .wg (MoE++)                *.router.constant, .mix; e comes after the experts and a zero
 """
 
 import re
@@ -27,6 +28,8 @@ GATE = {
     "hypernet.2.bias": "router.hypernet.b2",
 }
 XMOE_GATE = {"expert_embeddings": "router.weight", "inp_reduction.weight": "router.projection.weight"}
+CONSTANT = {"constant": "router.constant", "wg.weight": "router.mix"}
+CONSTANT_EXPERT = re.compile(r"experts\.(\d+)\.(constant|wg\.weight)")
 EXPERT = re.compile(r"experts\.(\d+)\.(fc1|fc2|0|2)\.(weight|bias)")
 NUMBER = {"fc1": "1", "0": "1", "fc2": "2", "2": "2"}
 PROJECTOR = {"0.": "linear_1.", "2.": "linear_2."}
@@ -61,6 +64,8 @@ def our_name(name: str, prefixes: Mapping[str, str]) -> tuple[str, int | None]:
         layer = prefix if theirs == "model.mm_projector." else f"{prefix}{before}mlp."
         if expert := EXPERT.fullmatch(inside):
             return f"{layer}experts.{'w' if expert[3] == 'weight' else 'bias'}{NUMBER[expert[2]]}", int(expert[1])
+        if constant := CONSTANT_EXPERT.fullmatch(inside):
+            return layer + CONSTANT[constant[2]], None
         return layer + (GATE | XMOE_GATE).get(inside, inside), None
     if theirs == "model.mm_projector.":
         rest = next((ours + rest.removeprefix(old) for old, ours in PROJECTOR.items() if rest.startswith(old)), rest)
@@ -85,6 +90,12 @@ def their_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         inside = name.removeprefix(f"{layer}.")
         place = theirs + rest.removesuffix(inside).removesuffix("mlp.") + "moelayer."
+        if constant := next((theirs for theirs, ours in CONSTANT.items() if inside == ours), None):
+            yield (
+                f"{place}experts.{layers[layer].experts.num_experts + layers[layer].router.zeros}.{constant}",
+                tensor[0],
+            )
+            continue
         if not inside.startswith("experts."):
             yield place + gate[inside], tensor[None] if inside == "router.embedding" else tensor
             continue

@@ -97,6 +97,11 @@ def moe_names(model):
             state[f"{place}.moelayer.gate.weight"] = layer.router.weight
             if layer.router.bias is not None:
                 state[f"{place}.moelayer.gate.bias"] = layer.router.bias
+        if layer.router_name == "moe_plus_plus" and layer.router.free:  # after the experts a zero, then a constant
+            slots, constant = len(layer.router.weight), layer.experts.num_experts + 1
+            state[f"{place}.moelayer.gate_transform.weight"] = torch.zeros(slots, slots)
+            state[f"{place}.moelayer.experts.{constant}.constant"] = layer.router.constant[0]
+            state[f"{place}.moelayer.experts.{constant}.wg.weight"] = layer.router.mix[0]
     return state
 
 
@@ -172,10 +177,17 @@ def test_v2_calls_the_first_layer_norm_and_normalises_sigmoids_by_their_sum(orig
 
 @pytest.mark.parametrize(
     ("name", "router"),
-    [("xmoe", "xmoe"), ("smoe_share", "shared_v2"), ("smoe_sharev3", "shared_v3"), ("smoe_tcmoe", "tc_moe")],
+    [
+        ("xmoe", "xmoe"),
+        ("smoe_share", "shared_v2"),
+        ("smoe_sharev3", "shared_v3"),
+        ("smoe_tcmoe", "tc_moe"),
+        ("smoe_plus_plus", "moe_plus_plus"),
+    ],
 )
 def test_the_routers_of_v2(original, name, router, tmp_path):
-    """A shared expert is the last of theirs, as of ours; XMoE's unread gate is left out, and not written back."""
+    """A shared expert is the last of theirs, as of ours; what XMoE and MoE++ never read is left out, and not written
+    back."""
     dense, processor, vision = original
     model = away_from_their_start(upcycle(copy.deepcopy(dense), router=router, num_experts=4, top_k=3))
     written = moe_names(model)
@@ -185,9 +197,11 @@ def test_the_routers_of_v2(original, name, router, tmp_path):
     converted = load_model(tmp_path / "ours")
     assert torch.equal(logits(converted, processor), logits(model, processor))
     assert ("XMoE never reads it" in str(report)) == (name == "xmoe")
+    assert ("MoE++ never reads it" in str(report)) == (name == "smoe_plus_plus")
     convert(tmp_path / "ours", tmp_path / "back", to="libmoe", version="v2")
     back = load_file(tmp_path / "back" / "model.safetensors")
-    unread = {n for n in {*written, *back} if "post_layernorm" in n or (name == "xmoe" and ".gate." in n)}
+    never_read = {"xmoe": ".gate.", "smoe_plus_plus": ".gate_transform."}.get(name, "post_layernorm")
+    unread = {n for n in {*written, *back} if "post_layernorm" in n or never_read in n}
     assert back.keys() - unread == written.keys() - unread
     assert all(torch.equal(back[key], written[key]) for key in back.keys() - unread)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["moe_name"] == name
