@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from torch._guards import detect_fake_mode
 
 MARK = "libmoe_fast.task_loss"  # in the metadata of a node: the scale is the gradient that arrives here
 SUM_REDUCTION = 2  # of ATen's losses; 0 is none, 1 mean
+ONE_BY_ONE = ("View", "Reshape", "UnsafeView", "Squeeze", "Unsqueeze", "ToCopy", "Neg")  # a number remains a number
 OPAQUE = """\
 the loss comes from {name} and is divided afterwards: whether that makes it a mean over its own labels cannot be seen, \
 and the auxiliary losses are scaled as if it did. If the number counts the labels of several batches, \
@@ -89,7 +91,8 @@ def _scale_from(roots: Sequence[Any]) -> Iterator[None]:
 
         def write(gradients: tuple[Tensor | None, ...]) -> None:
             if (gradient := gradients[output]) is not None:
-                value = gradient.detach().reshape(()).float() * factor
+                # A sum of log-probabilities is subtracted: the sign is the task's, and no auxiliary loss is to rise.
+                value = (gradient.detach().reshape(()).float() * factor).abs()
                 for scale in list(_shared.values()):
                     scale.data.copy_(value)  # .data: this graph has saved the tensor, and must see the new value
 
@@ -109,7 +112,8 @@ def _find(node: Any, output: int) -> tuple[Any, int, Tensor | float]:
     while True:
         inputs = _scalar_inputs(node, output)
         if (len(inputs) == 1 and len(_inputs(node)) == 1) or "DDPSink" in node.name():
-            above, (node, output) = (node, output), inputs[0]
+            above = above if node.name().startswith("Neg") else (node, output)
+            node, output = inputs[0]
             continue
         if inputs:  # scalars added up: mixture weights below are multiplied, normalisers divide
             return node, output, next((share for edge in inputs if (share := _share(edge)) is not None), 1.0)
@@ -117,7 +121,9 @@ def _find(node: Any, output: int) -> tuple[Any, int, Tensor | float]:
         if count is None and above is not None and above[0].name().startswith("Div"):
             if not node.name().startswith("Sum"):
                 _warn_once(node.name())
-            return *above, 1.0  # a sum over its count: a mean
+                return *above, 1.0
+            # Divided by at most as many as there are terms: the mean of those that count; by more: of several batches.
+            return *above, (_terms(node) / above[0]._saved_other.detach()).clamp(max=1.0)
         return node, output, 1.0 if count is None else count
 
 
@@ -150,15 +156,36 @@ def _count(node: Any) -> Tensor | float | None:
         return node._saved_total_weight if node._saved_reduction == SUM_REDUCTION else 1.0
     if name.startswith("Mean"):
         return 1.0
-    if name.startswith("Sum"):
-        below = _inputs(node)[0][0]
-        while below.name().startswith(("View", "Reshape", "UnsafeView", "Squeeze", "ToCopy")):
-            below = _inputs(below)[0][0]
-        if below.name().startswith("MaskedFill"):  # transformers' label smoothing blanks what has no label
-            return (~below._saved_mask).sum()
-        if below.name().startswith("NllLoss"):
-            return (below._saved_target != below._saved_ignore_index).sum()
-    return None
+    return _counted_terms(node) if name.startswith("Sum") else None
+
+
+def _counted_terms(node: Any) -> Tensor | None:
+    """How many terms of the sum that `node` takes are labels: what a mask or the labels say on the way to them."""
+    weights = None
+    while len(inputs := _inputs(node)) == 1:
+        node = inputs[0][0]
+        name = node.name()
+        if name.startswith("MaskedFill"):  # label smoothing in transformers, TRL: blanks what has no label
+            return (~node._saved_mask).sum()
+        if name.startswith("MaskedScatter"):  # TRL on a GPU: only what has one is there
+            return node._saved_mask.sum()
+        if name.startswith("NllLoss"):
+            return (node._saved_target != node._saved_ignore_index).sum()
+        if name.startswith("Mul"):
+            other = node._saved_other if node.next_functions[0][0] is not None else node._saved_self
+            if other.numel() > 1:
+                if not other.is_floating_point():  # a mask
+                    return other.count_nonzero()
+                weights = other.count_nonzero() if weights is None else weights
+        elif not name.startswith(ONE_BY_ONE):
+            break
+    return weights
+
+
+def _terms(node: Any) -> int:
+    """Numbers that the sum `node` adds up."""
+    below, output = _inputs(node)[0]
+    return math.prod(below._input_metadata[output].shape)
 
 
 def _inputs(node: Any) -> list[tuple[Any, int]]:

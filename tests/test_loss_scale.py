@@ -37,6 +37,30 @@ def smoothed(logits, count):
     return 0.9 * nll.sum() / count + 0.1 * uniform.sum() / (count * logits.shape[-1])
 
 
+class LogProbs(torch.autograd.Function):
+    """A fused head's: log p of each label, and nothing to see inside."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        ctx.save_for_backward(logits, labels)
+        return F.log_softmax(logits, -1).gather(-1, labels[:, None]).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, labels = ctx.saved_tensors
+        return grad[:, None] * (F.one_hot(labels, logits.shape[-1]) - F.softmax(logits, -1)), None
+
+
+def log_probs(logits):
+    return LogProbs.apply(logits, LABELS.clamp(min=0))
+
+
+def scattered(logits):
+    """As TRL's trainers do on a GPU: only what has a label is computed."""
+    there = LABELS.ne(-100)
+    return logits.new_zeros(len(LABELS)).masked_scatter(there, LogProbs.apply(logits[there], LABELS[there]))
+
+
 LOSSES = {  # loss of the logits -> the scale: what the task's mean loss over the batch's labels was multiplied by
     "mean": (cross_entropy, 1),
     "accumulated": (lambda x: cross_entropy(x) / 4, 1 / 4),
@@ -54,6 +78,16 @@ LOSSES = {  # loss of the logits -> the scale: what the task's mean loss over th
     "another loss added": (lambda x: (cross_entropy(x) + 0.3 * x.square().mean()) / 4, 1 / 4),
     "another loss added to a sum": (lambda x: cross_entropy(x, reduction="sum") / BATCHES + x.mean() * 7, 5 / 40),
     "learned weight": (lambda x: cross_entropy(x) * x[0, 0].exp() / 2, 1 / 2),
+    "masked by hand, labels of all batches": (lambda x: (one_by_one(x) * LABELS.ne(-100)).sum() / BATCHES, 5 / 40),
+    "a float mask": (lambda x: (-one_by_one(x) * LABELS.ne(-100).float()).sum() / BATCHES, 5 / 40),
+    "blanked after all": (lambda x: -log_probs(x).masked_fill(LABELS.eq(-100), 0.0).sum() / BATCHES, 5 / 40),
+    "weighted and blanked": (
+        lambda x: ((p := log_probs(x).masked_fill(LABELS.eq(-100), 0.0)) * p.exp().detach()).sum() / BATCHES,
+        5 / 40,
+    ),
+    "scattered": (lambda x: -scattered(x).sum() / torch.tensor(BATCHES), 5 / 40),
+    "nothing says which": (lambda x: -log_probs(x).sum() / BATCHES, 7 / 40),
+    "nothing says which, fewer": (lambda x: -log_probs(x).sum() / 5, 1),
     "squares": (lambda x: x.square().sum(), 1),
     "cast and reshaped": (lambda x: (cross_entropy(x).double().view(1) / 4).bfloat16(), 1 / 4),
     "marked": (lambda x: scale_aux_loss(cross_entropy(x) * 3) / 4, 1 / 4),
