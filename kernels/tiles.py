@@ -61,8 +61,7 @@ _SMALL_32 = Tile(BM=64, BN=128, BK=32, warps=4, stages=3)
 _NARROW_32 = Tile(BM=128, BN=64, BK=32, stages=3)
 _TF32X3 = dict.fromkeys(GEMMS, (_NARROW_32,))  # operands in two halves each: registers for no wider one
 _IEEE = dict.fromkeys(GEMMS, (Tile(BM=64, BN=64, BK=16, stages=3),))
-# Of these two fit a multiprocessor without spilling.
-_SQUARE_TWICE = replace(_SQUARE, warps=4, programs=2)
+# The largest tile of which two fit a multiprocessor, without spilling, under every Triton tried.
 _SMALL_TWICE = replace(_SMALL, programs=2)
 
 Row = dict[str, tuple[Tile, ...]]
@@ -88,9 +87,9 @@ TILES: dict[str, dict[str, Row]] = {
     # A gated up holds two accumulators at once: no wide tiles for it.
     "sm90": {
         "16-bit": {
-            "up": (replace(_WIDE, erf=False), replace(_SQUARE_TWICE, erf=False), _SQUARE, _SMALL_TWICE),
+            "up": (replace(_WIDE, erf=False), _SQUARE, _SMALL_TWICE),
             "up_gated": (_SQUARE, _SMALL_TWICE),
-            **dict.fromkeys(("down", "da", "dx"), (replace(_WIDE, experts=128), _SQUARE_TWICE, _SMALL_TWICE)),
+            **dict.fromkeys(("down", "da", "dx"), (replace(_WIDE, experts=128), _SQUARE, _SMALL_TWICE)),
             **dict.fromkeys(("dw1", "dw2"), (_WIDE, replace(_SQUARE, warps=4))),
         },
         "tf32": dict.fromkeys(("up", "up_gated", "down", "da", "dx"), (_SQUARE_32, _SMALL_32)),  # dW: as tf32x3
@@ -118,7 +117,7 @@ TILES: dict[str, dict[str, Row]] = {
             "dw2": (_SMALL_32,),
         },
         "tf32x3": _TF32X3,
-        "ieee": _IEEE,
+        "ieee": _IEEE | dict.fromkeys(("da", "dx", "dw1", "dw2"), (Tile(BM=64, BN=64, BK=16, stages=2),)),
     },
     # 64 KiB of shared memory; two stages are one buffer there. Its matrix units take float32 as it is.
     "gfx942": {
