@@ -51,6 +51,7 @@ class Fork(nn.Module):
         def load_model(self):
             torch.manual_seed(1)
             self.vision_tower = tiny_llava("clip", dim=16, vision_layers=2, text_layers=1)[0].model.vision_tower
+            self.vision_tower.requires_grad_(False)
 
         @torch.no_grad()
         def forward(self, images):
@@ -122,7 +123,7 @@ def test_page(title, here, request):
 
 
 def test_the_fork_computes_the_same_again(here):
-    """What the page on forks saved and loaded is one model; its tower trains, though it came without gradients."""
+    """What the page on forks saved and loaded is one model; its tower trains, though it came frozen under no_grad."""
     exec(compile(PAGES["The original LLaVA, and its forks"][0], "COOKBOOK.md", "exec"), here)
     images = torch.randn(2, 3, 32, 32)
     first, second = here["model"].eval()(images), here["evaluated"].eval()(images)
