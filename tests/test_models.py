@@ -68,6 +68,39 @@ MODELS = {
         vision_config={**QWEN, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
     ),
     "InternVL": lambda: composed("InternVLForConditionalGeneration", vision=VISION, text="qwen2"),
+    "Qwen2-VL": lambda: make(
+        "Qwen2VLForConditionalGeneration",
+        text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        vision_config={**QWEN, "hidden_size": 32, "embed_dim": 32, "mlp_ratio": 2},
+    ),
+    "Qwen3-VL": lambda: make(
+        "Qwen3VLForConditionalGeneration",
+        text_config={**TEXT, "head_dim": 16},
+        vision_config={
+            **QWEN,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
+    ),
+    "Gemma 3": lambda: make(
+        "Gemma3ForConditionalGeneration",
+        vision_config=SIGLIP,
+        text_config={**TEXT, "head_dim": 16},
+        mm_tokens_per_image=4,
+    ),
+    "SmolVLM": lambda: composed("SmolVLMForConditionalGeneration", vision={**VISION}, scale_factor=1),
+    "Mistral 3": lambda: composed(
+        "Mistral3ForConditionalGeneration",
+        vision={"model_type": "pixtral", **VISION},
+        text="mistral",
+        spatial_merge_size=1,
+    ),
+    "SigLIP 2": lambda: make(
+        "Siglip2VisionModel", **{name: size for name, size in VISION.items() if name != "image_size"}, num_patches=4
+    ),
+    "ViT": lambda: make("ViTModel", **VISION),
 }
 # Model, target -> how many MLPs it has there, or what the error says.
 TABLE = [
@@ -103,6 +136,23 @@ TABLE = [
     ("InternVL", "vision", 3),
     ("InternVL", "language", 2),
     ("InternVL", "projector", 1),  # after its layer norm
+    ("Qwen2-VL", "vision", 2),
+    ("Qwen2-VL", "projector", 1),
+    ("Qwen2-VL", "language", 2),
+    ("Qwen3-VL", "vision", 2),
+    ("Qwen3-VL", "language", 2),
+    ("Qwen3-VL", "projector", r"Qwen3VLVisionPatchMerger \(norm, linear_fc1"),  # it merges patches after its norm
+    ("Gemma 3", "vision", 3),
+    ("Gemma 3", "language", 2),
+    ("Gemma 3", "projector", r"multi_modal_projector there is no linear layer"),
+    ("SmolVLM", "vision", 3),
+    ("SmolVLM", "language", 2),
+    ("SmolVLM", "projector", r"SmolVLMSimpleMLP \(proj\)"),
+    ("Mistral 3", "vision", 3),  # Pixtral's, gated
+    ("Mistral 3", "language", 2),
+    ("Mistral 3", "projector", r"Mistral3MultiModalProjector \(norm, patch_merger"),  # it merges patches after its norm
+    ("SigLIP 2", "vision", 3),
+    ("ViT", "vision", 3),
 ]
 
 
