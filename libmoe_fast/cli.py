@@ -217,6 +217,8 @@ def _add_plan(parser: ArgumentParser) -> None:
     parser.add_argument("--text_tokens", type=float | None, default=None, help="of a sample; default: as there")
     parser.add_argument("--images", type=float | None, default=None, help="of a sample; default: as there")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the GPUs' peak that is reached")
+    parser.add_argument("--host_bandwidth", type=float, default=100.0, help="GB/s of a host's memory, for offload")
+    parser.add_argument("--link_bandwidth", type=float, default=20.0, help="GB/s between it and a GPU, each way")
 
 
 def _plan(options: Namespace) -> int:
@@ -238,6 +240,8 @@ def _plan(options: Namespace) -> int:
             text_tokens=options.text_tokens,
             images=options.images,
             utilisation=options.utilisation,
+            host_bandwidth=options.host_bandwidth,
+            link_bandwidth=options.link_bandwidth,
         )
     )
     return 0

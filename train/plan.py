@@ -33,6 +33,8 @@ GIB = 2**30
 LIVE_PARAMETERS = 10**9  # gathered at once: DeepSpeed's stage3_max_live_parameters
 BUCKET = 5 * 10**8  # elements of its buffers for reducing and gathering (reduce_bucket_size, allgather_bucket_size)
 CONTEXT = 1.0 * GIB  # the CUDA context, NCCL's buffers, kernels
+ADAMW_BYTES = 28  # of host memory per parameter and step: 4 tensors of float32 are read and 3 written
+GPUS_PER_HOST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,7 @@ class Plan:
     gpu: str
     utilisation: float
     steps: int
+    offload_seconds: float  # of a step: AdamW on the host, and what travels there and back
     flops: float  # of the whole stage
     memory: dict[str, float]  # part -> bytes
     host: float
@@ -142,7 +145,12 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def offload_hours(self) -> float:
+        return self.offload_seconds * self.steps / 3600
+
+    @property
     def hours(self) -> float:
+        """Of the GPUs' work alone."""
         return self.flops / (self.gpus * GPUS[self.gpu].flops * self.utilisation) / 3600
 
     @property
@@ -160,7 +168,8 @@ class Plan:
             "a sample": f"{corpus.images:.2f} images of {m.image_tokens} tokens, {corpus.text_tokens:.0f} of text",
             "optimizer steps": f"{self.steps:,} for {corpus.samples:,} samples",
             "operations": f"{self.flops:.3g}, {m.flops / m.batch / 1e12:.1f} TFLOP per sample",
-            "time": f"{self.hours:.1f} h on {self.gpus} x {self.gpu} at {self.utilisation:.0%} of {peak:.0f} TFLOP/s",
+            "time": f"{self.hours:.1f} h on {self.gpus} x {self.gpu} at {self.utilisation:.0%} of {peak:.0f} TFLOP/s"
+            + (f", and {self.offload_hours:.1f} h of offload" if self.offload_seconds else ""),
             "memory of a GPU": f"{used:.1f} GiB of {gpu.memory:g}: it {'fits' if self.fits else 'does NOT fit'}",
             **{f"- {part}": f"{size / GIB:.1f} GiB" for part, size in self.memory.items()},
             "memory of the host": f"{self.host / GIB:.1f} GiB for what is offloaded",
@@ -182,6 +191,8 @@ def plan(
     text_tokens: float | None = None,
     images: float | None = None,
     utilisation: float = 0.4,
+    host_bandwidth: float = 100.0,
+    link_bandwidth: float = 20.0,
 ) -> Plan:
     """The cost of the stage that `config` describes.
 
@@ -191,6 +202,7 @@ def plan(
         setting: what a preset is for, which gives the scales where the config does not.
         samples, text_tokens, images: of the data, and of a sample; none given = as in the paper's stage.
         utilisation: the share of the GPUs' peak that is reached.
+        host_bandwidth, link_bandwidth: GB/s of a host's memory, and between it and one GPU, each way; for offload.
 
     Raises:
         ConfigError: an unknown GPU or model, or numbers out of their range.
@@ -202,6 +214,9 @@ def plan(
     if not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation is {utilisation}; it must be above 0 and at most 1")
     check_values(config)
+    for name, value in {"host_bandwidth": host_bandwidth, "link_bandwidth": link_bandwidth}.items():
+        if not value > 0:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
     given = {"samples": samples, "text_tokens": text_tokens, "images": images}
     corpus = replace(CORPORA[config.model.stage], **{name: value for name, value in given.items() if value is not None})
     for name in given:
@@ -221,6 +236,7 @@ def plan(
         gpu=gpu,
         utilisation=utilisation,
         steps=steps,
+        offload_seconds=offload_seconds(measured, config, gpus, host_bandwidth * 1e9, link_bandwidth * 1e9),
         flops=measured.flops / measured.batch * batch * steps,
         memory=memory,
         host=host,
@@ -250,7 +266,12 @@ def notes(config: TrainConfig, setting: Setting | None) -> list[str]:
         "average length (a batch of long ones takes more); DeepSpeed's own buffers, and 1 GiB of context.",
     ]
     if config.engine.offload:
-        said.append("Offload: how long AdamW takes on the host, and how long weights travel, is not in the time.")
+        said.append(
+            "Offload: fused AdamW at the speed of the host's memory, its threads enough for that, and every byte on"
+        )
+        said.append(
+            "its way while nothing else happens; both bandwidths are assumed (--host_bandwidth, --link_bandwidth)."
+        )
     if setting is not None:
         said.append(f"LibMoE's paper, table 3: {setting.hours[config.model.stage - 1]} h on 4 A100.")
     return said
@@ -289,6 +310,21 @@ def memory_of(measured: Measured, config: TrainConfig, gpus: int) -> tuple[dict[
         "context": CONTEXT,
     }
     return parts, host
+
+
+def offload_seconds(measured: Measured, config: TrainConfig, gpus: int, host_bandwidth: float, link: float) -> float:
+    """Of a step. Every micro-batch's gradients travel to the host, and the step's weights back; at ZeRO's stage 3
+    weights lie there, and travel for every forward and backward, and once more where activations are recomputed.
+    """
+    if not config.engine.offload:
+        return 0.0
+    hosts = math.ceil(gpus / GPUS_PER_HOST)
+    adamw = measured.trained * ADAMW_BYTES / (hosts * host_bandwidth)
+    micro_batches = config.optim.accumulation
+    travelling = measured.trained * (micro_batches + 1)
+    if config.engine.zero_stage == 3:
+        travelling += measured.total * micro_batches * (3 if config.engine.checkpointing != "off" else 2)
+    return adamw + travelling * measured.weight_bytes / (gpus * link)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

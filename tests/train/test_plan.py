@@ -12,7 +12,17 @@ from libmoe_fast.fused import tell_flop_counter
 from libmoe_fast.routers import COMPARED
 from libmoe_fast.train import plan as planning
 from libmoe_fast.train.config import EngineConfig, ModelConfig, OptimConfig, TrainConfig
-from libmoe_fast.train.plan import GIB, SETTINGS, LiveBytes, Measured, memory_of, meta_model, plan, run_batch
+from libmoe_fast.train.plan import (
+    GIB,
+    SETTINGS,
+    LiveBytes,
+    Measured,
+    memory_of,
+    meta_model,
+    offload_seconds,
+    plan,
+    run_batch,
+)
 
 TEXT = {
     "model_type": "phi3", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
@@ -196,6 +206,20 @@ def test_what_zero_shards(stage, offload, expected, host):
     assert {part: parts[part] / 1e9 for part in expected} == pytest.approx(expected)
     assert on_host / 1e9 == pytest.approx(host)
     assert parts["activations"] == 5e8
+
+
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "billions"),
+    [(2, "non_reentrant", 0.8 * 5), (3, "non_reentrant", 0.8 * 5 + 12), (3, "off", 0.8 * 5 + 8)],
+)
+def test_time_of_offload(stage, checkpointing, billions):
+    """4 micro-batches: gradients 4 times, new weights once, and at stage 3 all weights 3 or 2 times for each."""
+    settings = config(dtype="bf16", zero_stage=stage, offload=True, checkpointing=checkpointing)
+    settings.optim.accumulation = 4
+    seconds = offload_seconds(MEASURED, settings, gpus=16, host_bandwidth=50e9, link=10e9)
+    assert seconds == pytest.approx(0.8 * 28 / (2 * 50) + billions * 2 / (16 * 10))  # 16 GPUs are two hosts
+    settings.engine.offload = False
+    assert offload_seconds(MEASURED, settings, gpus=16, host_bandwidth=50e9, link=10e9) == 0
 
 
 def test_steps_hours_and_disk():
