@@ -268,8 +268,8 @@ def weight_grad(
     N, M, C = dw.shape
     multiplied = precision(left)
     if multiplied == "tf32" and architecture(left.device) == "sm90":
-        # Neither factor is K-major, which Hopper's tensor cores ask for in tf32. Through registers, three products took less
-        # time than one on an H200: 733 us, and 850 in the faster of two tiles.
+        # Neither factor is K-major, which Hopper's tensor cores ask for in tf32. Through registers, three products took
+        # less time than one on an H200: 733 us, and 850 in the faster of two tiles.
         multiplied = "tf32x3"
 
     def grid(meta: dict) -> tuple:
