@@ -176,7 +176,8 @@ def last_line(output: str) -> str:
 
 
 TILES = "tests/kernels/test_tiles.py"
-# What the tiles' tests do not show already, and of inductor one router.
+# What the tiles' tests do not show already, and of inductor one router. In a dry run one test of each kind: the others
+# are the interpreter's own suite.
 ON_DEVICE = "not test_experts_at_real_sizes and not (inductor and (cosine or sigmoid or hyper))"
 STEPS = (
     measurement("ceilings", "what the GPU does at most", 40),
@@ -185,12 +186,14 @@ STEPS = (
         "every tile in 16 bits: beside float64, in memory full of NaN, 20 equal runs",
         150,
         *(TILES, "-k", "not float32"),
+        dry=(TILES, "-k", "decoding and bfloat16"),
     ),
     suite(
         "float32",
         "the same in float32: in full precision, in tf32, as three tf32 products",
         120,
         *(TILES, "-k", "float32"),
+        dry=(TILES, "-k", "decoding and ieee"),
     ),
     suite(
         "device",

@@ -171,7 +171,7 @@ def test_launching_never_waits_for_the_gpu(architecture, gated, fake_gpu):
             **coefs,
         )
         dispatch.permute(routed.index, N)
-    assert len(names) == 5 + 8 + 2
+    assert len(names) == 5 + 10 + 2
 
 
 @pytest.mark.parametrize("router", ROUTERS)

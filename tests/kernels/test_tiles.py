@@ -25,7 +25,7 @@ TINY = (
     Shape(name="SigLIP", T=20, D=36, H=269, O=36, N=4, K=2, activation="gelu_pytorch_tanh"),
     Shape(name="no biases", T=30, D=16, H=24, O=16, N=16, K=4, activation="silu", gated=True, bias=False),
     Shape(name="no multiple of 16", T=21, D=25, H=41, O=25, N=6, K=3),
-    Shape(name="gpt-oss", T=30, D=32, H=48, O=32, N=16, K=4, activation="gpt_oss", gated=True),
+    Shape(name="gpt-oss", T=16, D=32, H=48, O=32, N=4, K=2, activation="gpt_oss", gated=True),
     Shape(name="decoding", T=3, D=32, H=128, O=32, N=8, K=2),
     Shape(name="free choices", T=40, D=32, H=128, O=32, N=4, K=2, activation="quick_gelu"),
 )
