@@ -152,6 +152,18 @@ def test_every_command_of_the_plan_is_accepted(tmp_path, digits, monkeypatch):
     assert ran.count(["digit", "parity"]) == 2 + 1 + 2 * sum(runs)  # of stage 2; whole, and without first experts
 
 
+def test_other_routers_can_be_compared(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(demo, "run_parts", lambda todo, *_, **__: ran.extend(todo))
+    monkeypatch.setattr("libmoe_fast.analysis.report.make_report", lambda out: "table")
+    monkeypatch.setattr(demo, "write_model", lambda *_: None)
+    assert demo.main(["--short", "--out", str(tmp_path), "--routers", "xmoe", "moe_plus_plus", "xmoe"]) == 0
+    trained = [part.title for part in ran if "seed0" in part.title and part.title.startswith("train")]
+    assert trained == ["train clip/xmoe-seed0", "train clip/moe_plus_plus-seed0"]
+    assert demo.main(["--short", "--out", str(tmp_path), "--routers", "all"]) == 2
+    assert "holds a demo with other settings" in capsys.readouterr().err
+
+
 def test_a_short_demo_is_never_taken_for_a_full_one(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(demo, "run_parts", lambda todo, *_, **__: ran.extend(todo))

@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from libmoe_fast.analysis.results import RESULTS, read_results
 from libmoe_fast.errors import ConfigError, LibMoEError
 from libmoe_fast.files import write_atomically
-from libmoe_fast.routers import COMPARED
+from libmoe_fast.routers import COMPARED, ROUTERS
 from libmoe_fast.train.digits import QUESTIONS, VOCAB_TEXTS, DigitsPaths, write_digits
 
 POLL = 0.2  # seconds
@@ -74,12 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="parts that run side by side, of one thread each (cores)"
     )
+    parser.add_argument(
+        "--routers",
+        nargs="+",
+        choices=(*ROUTERS, "all"),
+        metavar="NAME",
+        help=f"compare these instead: {', '.join(ROUTERS)}, or all (another --out for another choice)",
+    )
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}; it must be at least 1")
     out = options.out or Path("runs", "demo-short" if options.short else "demo")
     try:
-        run_demo(out, short=options.short, jobs=options.jobs)
+        run_demo(out, short=options.short, jobs=options.jobs, routers=options.routers)
     except LibMoEError as error:
         print(f"libmoe-fast: error: {error}", file=sys.stderr)
         return 2
@@ -89,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_demo(out: Path, *, short: bool = False, jobs: int = 1) -> None:
-    """Run all parts that have not finished yet, and print the report.
+def run_demo(out: Path, *, short: bool = False, jobs: int = 1, routers: Sequence[str] | None = None) -> None:
+    """Run all parts that have not finished yet, and print the report. routers: instead of the plan's.
 
     Raises:
         ConfigError: `out` holds a demo with other settings.
@@ -98,6 +105,8 @@ def run_demo(out: Path, *, short: bool = False, jobs: int = 1) -> None:
     """
     started = time.monotonic()
     plan = SHORT if short else FULL
+    if routers:
+        plan = replace(plan, routers=tuple(ROUTERS) if "all" in routers else tuple(dict.fromkeys(routers)))
     _claim(out, plan)
     data = write_digits(out / "data")
     for encoder in plan.encoders:
