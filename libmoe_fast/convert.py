@@ -265,7 +265,7 @@ def _placed(state: dict[str, Tensor], model: nn.Module, report: Report) -> dict[
     homeless = []
     for name, tensor in state.items():
         target, expert = our_name(name, prefixes)
-        if target not in expected:
+        if target not in expected or target in found:  # a second tensor for one place
             homeless.append(name)
         elif expert is None:
             found[target] = tensor.reshape(expected[target]) if name.endswith(UNSTACKED) else tensor

@@ -256,6 +256,12 @@ def drop(names, part):
     del names[next(n for n in names if part in n)]
 
 
+def again(names, part):
+    """Under the name that LLaVA v1.6 gives it."""
+    key = next(n for n in names if part in n)
+    names[key.replace("model.vision_tower.", "model.vision_tower.vision_tower.")] = names[key].clone()
+
+
 def transpose(names, part):
     key = next(n for n in names if part in n)
     names[key] = names[key].t().contiguous()
@@ -269,8 +275,9 @@ def transpose(names, part):
         (lambda s: transpose(s, "experts.1.fc1.weight"), "experts.w1: its experts have several shapes"),
         (lambda s: [transpose(s, f"experts.{e}.fc1.weight") for e in range(3)], r"w1 would be \[3, 16, 64\]; expected"),
         (lambda s: s.update({"model.mm_projector.layer_norm.weight": torch.ones(32)}), "1 tensors have no place"),
+        (lambda s: again(s, "patch_embedding.weight"), "1 tensors have no place"),
     ],
-    ids=["expert missing", "tensor missing", "one transposed", "all transposed", "one more"],
+    ids=["expert missing", "tensor missing", "one transposed", "all transposed", "one more", "one twice"],
 )
 def test_what_does_not_fit_is_refused(original, damage, message, tmp_path):
     dense, processor, vision = original
