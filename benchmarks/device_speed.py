@@ -1,10 +1,10 @@
 """How fast the kernels are on this GPU: every tile beside cuBLAS, layers beside their peers. A part of `make gpu`.
 
-    python -m libmoe_fast.benchmarks.device_speed ceilings|tiles|float32|passes|layers|once [--json FILE] [--tiny]
+    python -m libmoe_fast.benchmarks.device_speed ceilings|tiles|tiles32|passes|layers|once [--json FILE] [--tiny]
 
     ceilings  what the GPU does at most: a copy in GB/s, a bf16 product of 8192 x 8192 x 8192 in TFLOP/s
     tiles     each candidate of the table of tiles, forced, and torch.mm of the same FLOPs right before it
-    float32   the same in float32: in full precision, as three tf32 products, in tf32
+    tiles32   the same in float32: in full precision, as three tf32 products, in tf32
     passes    every kernel that is no product, and a copy of as many bytes as it must move
     layers    a layer in eager mode and as a CUDA graph, its peers, and dense GEMMs as the limit
     once      forward and backward of a layer, for a profiler
@@ -68,7 +68,7 @@ def shapes_of(tiny: bool) -> list[Shape]:
     return [TINY_SHAPE] if tiny else [replace(SHAPES[0], T=tokens, S=1) for tokens in TILE_TOKENS]
 
 
-def float32(tiny: bool) -> list[dict[str, Any]]:
+def tiles32(tiny: bool) -> list[dict[str, Any]]:
     """Beside torch.mm in full precision, tf32 beside its tf32."""
     rows = []
     for precision in PRECISIONS:
@@ -241,7 +241,7 @@ def race(entrants: dict[str, Entrant], *, limit: Callable[[], object], rounds: i
     return contest
 
 
-MEASURES = {"ceilings": ceilings, "tiles": tiles, "float32": float32, "passes": passes, "layers": layers, "once": once}
+MEASURES = {"ceilings": ceilings, "tiles": tiles, "tiles32": tiles32, "passes": passes, "layers": layers, "once": once}
 
 
 def main() -> None:

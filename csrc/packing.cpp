@@ -1,7 +1,6 @@
 #include "packing.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "avx512.h"
 #include "narrow.h"

@@ -126,13 +126,12 @@ def suite(name: str, about: str, seconds: int, *arguments: str, dry: tuple[str, 
     return Step(name=name, about=about, seconds=seconds, command=command, read=read)
 
 
-def measurement(name: str, about: str, seconds: int, part: str | None = None) -> Step:
-    """A part of benchmarks/device_speed.py, of the same name if not given."""
-    part = part or name
+def measurement(name: str, about: str, seconds: int) -> Step:
+    """A part of benchmarks/device_speed.py."""
 
     def command(place: Place) -> list[str]:
         tiny = ["--tiny"] if place.dry else []
-        return [*python("libmoe_fast.benchmarks.device_speed"), part, "--json", str(place.file(f"{name}.json")), *tiny]
+        return [*python("libmoe_fast.benchmarks.device_speed"), name, "--json", str(place.file(f"{name}.json")), *tiny]
 
     def read(place: Place, output: str, status: int) -> tuple[str, str, Any]:
         file = place.file(f"{name}.json")
@@ -203,7 +202,7 @@ STEPS = (
         dry=("tests/kernels/test_fake_tensors.py",),
     ),
     measurement("tiles", "each tile beside cuBLAS", 150),
-    measurement("tiles32", "the same in float32", 60, part="float32"),
+    measurement("tiles32", "the same in float32", 60),
     measurement("passes", "kernels that are bound by memory, beside copies", 60),
     measurement("layers", "layers beside their peers and the limit, eager and as a CUDA graph", 100),
     profile(),

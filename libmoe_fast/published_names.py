@@ -91,10 +91,8 @@ def their_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         inside = name.removeprefix(f"{layer}.")
         place = theirs + rest.removesuffix(inside).removesuffix("mlp.") + "moelayer."
         if constant := next((theirs for theirs, ours in CONSTANT.items() if inside == ours), None):
-            yield (
-                f"{place}experts.{layers[layer].experts.num_experts + layers[layer].router.zeros}.{constant}",
-                tensor[0],
-            )
+            slot = layers[layer].experts.num_experts + layers[layer].router.zeros
+            yield f"{place}experts.{slot}.{constant}", tensor[0]
             continue
         if not inside.startswith("experts."):
             yield place + gate[inside], tensor[None] if inside == "router.embedding" else tensor

@@ -24,6 +24,7 @@ TEXT = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
+MROPE_TEXT = {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
 PATCHES = {"image_size": 16, "patch_size": 8}
 VISION = {
     "hidden_size": 32,
@@ -64,13 +65,13 @@ MODELS = {
     "Idefics3": lambda: composed("Idefics3ForConditionalGeneration", vision={**VISION}, scale_factor=2),
     "Qwen2.5-VL": lambda: make(
         "Qwen2_5_VLForConditionalGeneration",
-        text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        text_config=MROPE_TEXT,
         vision_config={**QWEN, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
     ),
     "InternVL": lambda: composed("InternVLForConditionalGeneration", vision=VISION, text="qwen2"),
     "Qwen2-VL": lambda: make(
         "Qwen2VLForConditionalGeneration",
-        text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        text_config=MROPE_TEXT,
         vision_config={**QWEN, "hidden_size": 32, "embed_dim": 32, "mlp_ratio": 2},
     ),
     "Qwen3-VL": lambda: make(

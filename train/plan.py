@@ -266,12 +266,10 @@ def notes(config: TrainConfig, setting: Setting | None) -> list[str]:
         "average length (a batch of long ones takes more); DeepSpeed's own buffers, and 1 GiB of context.",
     ]
     if config.engine.offload:
-        said.append(
-            "Offload: fused AdamW at the speed of the host's memory, its threads enough for that, and every byte on"
-        )
-        said.append(
-            "its way while nothing else happens; both bandwidths are assumed (--host_bandwidth, --link_bandwidth)."
-        )
+        said += [
+            "Offload: fused AdamW at the speed of the host's memory, its threads enough for that, and every byte on",
+            "its way while nothing else happens; both bandwidths are assumed (--host_bandwidth, --link_bandwidth).",
+        ]
     if setting is not None:
         said.append(f"LibMoE's paper, table 3: {setting.hours[config.model.stage - 1]} h on 4 A100.")
     return said
