@@ -111,15 +111,15 @@ class ExpertArguments {
   }
 
   void check_permutation(const ArgumentCheck& check) const {
-    check.choices(choices(), "order", held_.x.size(0), held_.weights.size(1));
     check.choices(held_.inverse.size(0), "inverse", held_.x.size(0), held_.weights.size(1));
-    check.entries(held_.order, "order", choices());
+    check.between(choices(), "length of `order`", 0, held_.inverse.size(0));
+    check.entries(held_.order, "order", held_.inverse.size(0));
     check.entries(held_.inverse, "inverse", choices());
     const auto* bounds = held_.offsets.const_data_ptr<int64_t>();
     const int64_t last = held_.offsets.size(0) - 1;
     bool ascending = bounds[0] == 0 && bounds[last] == choices();
     for (int64_t slot = 0; slot < last; ++slot) ascending &= bounds[slot] <= bounds[slot + 1];
-    if (!ascending) check.fail("expected `offsets` to ascend from 0 to T * top_k = ", choices());
+    if (!ascending) check.fail("expected `offsets` to ascend from 0 to the length of `order`, ", choices());
   }
 
   bool gated_;
@@ -144,7 +144,8 @@ void zero_idle(const ExpertInputs<T>& inputs, const ExpertGradients<T>& gradient
     zero(gradients.db2, expert, inputs.out);
   }
   zero_rest(inputs, gradients.drows, inputs.in);
-  for (int64_t row = inputs.run(); row < inputs.choices; ++row) gradients.dweights[inputs.order[row]] = 0;
+  const int64_t all = inputs.tokens * inputs.top_k;
+  if (inputs.run() < all) std::fill_n(gradients.dweights, all, Accumulator<T>(0));
 }
 
 }  // namespace

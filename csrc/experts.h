@@ -5,8 +5,8 @@
 //              -> dW2 = dys^T (weight a), dW1 = dz^T xs, dxs = dz W1
 //
 // xs and dys are the rows of x and dy in expert order; expert e owns rows offsets[e] to offsets[e + 1]. Rows from
-// offsets[N] on are choices that no expert runs: they add nothing, and have no gradient. Backward needs no forward GEMM
-// again, because <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>.
+// offsets[N] on are choices that no expert runs: they add nothing, and have no gradient; one may stand for all of them.
+// Backward needs no forward GEMM again, because <dy, W2 a + b2> = <W2^T dy, a> + <dy, b2>.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace libmoe_fast {
 
 template <typename T>
 struct ExpertInputs {
-  int64_t tokens, top_k, choices, experts;  // T, K, T*K, N
+  int64_t tokens, top_k, choices, experts;  // T, K, sorted rows (T*K, or those that run and one for the rest), N
   int64_t in, hidden, up, out;              // D, H, rows of w1 (2H if gated), O
   Activation activation;
   bool gated;

@@ -42,8 +42,8 @@ def experts(
     x: Tensor, weights: Tensor, permuted: Permuted, expert: ExpertWeights, *, store_z: bool
 ) -> tuple[Tensor, Tensor | None]:
     """x [T, D], weights [T, K] float32 -> y [T, O], and z [T*K, H or 2H] if it is to be kept for backward. T > 0."""
-    (T, D), K, (N, O, H) = x.shape, weights.shape[1], expert.w2.shape
-    rows, device = T * K, x.device
+    D, K, (N, O, H) = x.shape[1], weights.shape[1], expert.w2.shape
+    rows, device = permuted.order.shape[0], x.device
     z = x.new_empty(rows, expert.w1.shape[1]) if store_z else None
     a = x.new_empty(rows, H)
     ys = (x.new_zeros if has_free_choices(permuted, N) else x.new_empty)(rows, O)
@@ -173,8 +173,8 @@ def experts_backward(
     weight_grads: bool,
 ) -> ExpertGrads:
     """Gradients from dy [T, O]; those of the experts only with `weight_grads`."""
-    (T, D), K, (N, O, H) = x.shape, weights.shape[1], expert.w2.shape
-    rows, H1, device = T * K, expert.w1.shape[1], x.device
+    D, K, (N, O, H) = x.shape[1], weights.shape[1], expert.w2.shape
+    rows, H1, device = permuted.order.shape[0], expert.w1.shape[1], x.device
     shared = gemm_arguments(x, permuted, N)
     last_round = shared_round(shared["PRECISION"], da=expert.w2, dx=expert.w1)
     dys = expand(dy, permuted, N, K, last_round.flags)

@@ -9,6 +9,7 @@ if (Path(__file__).parents[1] / "setup.py").is_file():
 
 from libmoe_fast.checkpoint import load_model, load_weights, save_model
 from libmoe_fast.errors import BackendError, CheckpointError, ConfigError, DataError, LibMoEError
+from libmoe_fast.expert_parallel import shard_experts
 from libmoe_fast.experts import DenseParts, Experts, register_mlp
 from libmoe_fast.huggingface import register_transformers
 from libmoe_fast.layer import MoE
@@ -57,6 +58,7 @@ __all__ = [
     "save_model",
     "scale_aux_loss",
     "set_training_progress",
+    "shard_experts",
     "upcycle",
     "use_scales",
 ]

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from libmoe_fast.compatibility import installed_version
 from libmoe_fast.errors import CheckpointError, in_one_line
+from libmoe_fast.expert_parallel import gather, parallel_parameters
+from libmoe_fast.experts import is_sharded, unpartitioned
 from libmoe_fast.files import sync, sync_tree
 from libmoe_fast.layer import MoE
 from libmoe_fast.multiscale import SCALES_KEY, check_scales, use_scales
@@ -50,7 +52,7 @@ def save_model(
 ) -> None:
     """Writes a model, dense or swapped, to `folder`; whatever was there is replaced only when all is on disk.
 
-    Of a model that FSDP2 has sharded (`fully_shard`) all processes must call it; the first one writes.
+    Of a model that FSDP2, ZeRO-3 or `shard_experts` has cut all processes must call it; the first one writes.
 
     Args:
         processor: anything with save_pretrained, saved beside the model (a LlavaProcessor).
@@ -60,8 +62,8 @@ def save_model(
     """
     folder = Path(folder)
     layers = moe_layers(model)
-    if state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        state_dict = _gathered(model)
+    if state_dict is None and _is_cut(model):
+        state_dict = whole_state(model)
         if dist.get_rank() == 0:
             options = {"processor": processor, "max_shard_size": max_shard_size}
             save_model(model, folder, state_dict=state_dict, **options)
@@ -80,13 +82,24 @@ def save_model(
             processor.save_pretrained(partial)
 
 
-def _gathered(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a model of DTensors in CPU memory of the first process; empty on the others."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if dist.get_rank() == 0:
-            state[name] = whole.cpu()
+def _is_cut(model: nn.Module) -> bool:
+    return any(map(is_sharded, model.parameters())) or bool(parallel_parameters(model))
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state_dict in CPU memory of the first process, with all whole that FSDP2, ZeRO-3 or `shard_experts`
+    has cut; empty on the other processes. All must call it.
+    """
+    cut_experts, state = parallel_parameters(model), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with unpartitioned([tensor]):
+            whole = tensor.detach()
+            if name in cut_experts:
+                whole = gather(whole, cut_experts[name])
+            elif hasattr(whole, "full_tensor"):
+                whole = whole.full_tensor()
+            if dist.get_rank() == 0:
+                state[name] = whole.cpu().clone()
     return state
 
 

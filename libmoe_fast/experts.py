@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -86,7 +86,7 @@ class Experts(nn.Module):
     @classmethod
     def with_norm(cls, mlp: nn.Module, num_experts: int) -> tuple["Experts", nn.LayerNorm | None]:
         """`from_dense`, and a copy of the layer norm that the MLP begins with, if it does."""
-        with _whole(mlp):
+        with unpartitioned(mlp.parameters()):
             parts = dense_parts(mlp)
             return cls._from_parts(parts, num_experts), copy.deepcopy(parts.norm)
 
@@ -117,12 +117,13 @@ class Experts(nn.Module):
                 state_dict[f"{prefix}bias{number}"] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def forward(self, x: Tensor, routing: Routing, backend: str | None = None) -> Tensor:
-        """x [T, D] -> [T, O]: the weighted sum of each token's chosen experts."""
+    def forward(self, x: Tensor, routing: Routing, backend: str | None = None, *, counted: bool = False) -> Tensor:
+        """x [T, D] -> [T, O]: the weighted sum of each token's chosen experts. counted: see ops.experts."""
         tensors = (self.w1, self.bias1, self.w2, self.bias2)
         if x.dtype != self.w1.dtype:  # under autocast, as nn.Linear does
             tensors = (None if t is None else t.to(x.dtype) for t in tensors)
-        return ops.experts(x, routing, *tensors, activation=self.activation, gated=self.gated, backend=backend)
+        options = {"activation": self.activation, "gated": self.gated, "counted": counted}
+        return ops.experts(x, routing, *tensors, backend=backend, **options)
 
     def extra_repr(self) -> str:
         shape = f"{self.in_features} -> {self.hidden_features} -> {self.out_features}"
@@ -278,9 +279,14 @@ def _does_nothing(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
 
 
-def _whole(mlp: nn.Module) -> contextlib.AbstractContextManager:
-    """Inside, weights that DeepSpeed ZeRO-3 has partitioned are whole."""
-    partitioned = [p for p in mlp.parameters() if hasattr(p, "ds_id")]
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP2 or DeepSpeed's ZeRO-3 has cut it."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
+
+
+def unpartitioned(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager:
+    """Inside, those that DeepSpeed ZeRO-3 has partitioned are whole. All processes enter."""
+    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not partitioned:
         return contextlib.nullcontext()
     import deepspeed

@@ -36,7 +36,8 @@ class FusedOps:
              aux_scale?, routed[], inverse, first_share, float temperature, str spec, float balance_coef, float z_coef)
         -> [dx, dweight], then dbias, dnoise_weight, dtemperature for those there are
     experts(x, rows?, weights, order, inverse, offsets, w1, b1?, w2, b2?, str activation, bool gated, bool store_z)
-        -> y [T, O], and z [T*K, H or 2H], [0, H or 2H] unless store_z. The gradient of x goes to `rows`, if given
+        -> y [T, O], and z [T*K, H or 2H], [0, H or 2H] unless store_z. The gradient of x goes to `rows`, if given.
+        With a dispatch that was counted, z and drows have as many rows as order
     experts_backward(dy, x, weights, order, inverse, offsets, w1, b1?, w2, b2?, z, str activation, bool gated,
              bool sum_over_k, bool weight_grads)
         -> [dx [T, D] or, without sum_over_k, drows [T*K, D]; dweights [T, K]; dw1, db1, dw2, db2, those there are]
@@ -99,9 +100,7 @@ def experts(
     gated: bool,
 ) -> Tensor:
     """`reference.experts`. A routing that another router made is permuted first."""
-    dispatch = routing.dispatch
-    if dispatch is None:
-        dispatch = Dispatch(*ops.permute(routing.index.contiguous(), w1.shape[0] + routing.free))
+    dispatch = routing.dispatch or permuted(ops, routing, w1.shape[0])
     # The gradient of x goes through rows, unless routing saw other tokens (a projection, another dtype), or ran under
     # no_grad: then it goes straight to x.
     rows = dispatch.rows if dispatch.tokens is x and dispatch.rows.requires_grad else None
@@ -111,6 +110,18 @@ def experts(
     permutation = (dispatch.order, dispatch.inverse, dispatch.offsets)
     y, _ = ops.experts(x.contiguous(), rows, weights, *permutation, *tensors, activation, gated, store_z)
     return y
+
+
+def permuted(ops: FusedOps, routing: Routing, num_experts: int) -> Dispatch:
+    return Dispatch(*ops.permute(routing.index.contiguous(), num_experts + routing.free))
+
+
+def counted(dispatch: Dispatch, num_experts: int) -> Dispatch:
+    """With as many sorted rows as there are choices that an expert runs, and one that stands for all the others. Waits
+    for the device."""
+    order, inverse, offsets = dispatch[:3]
+    rows = min(int(offsets[num_experts]) + 1, order.shape[0])
+    return Dispatch(order[:rows], inverse.clamp_max(rows - 1), offsets.clamp_max(rows))
 
 
 def virtual_rows(x: Tensor, top_k: int) -> Tensor:

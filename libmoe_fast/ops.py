@@ -176,14 +176,23 @@ def experts(
     *,
     activation: str,
     gated: bool = False,
+    counted: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Runs the chosen experts, y [T, O]; weights as in `reference.experts`. Dropless, deterministic."""
+    """Runs the chosen experts, y [T, O]; weights as in `reference.experts`. Dropless, deterministic.
+
+    counted: of a routing most of whose choices no expert runs (Routing.free): waits for the device to count the others,
+        and makes room for those alone instead of for all T*K.
+    """
     options = {"activation": activation, "gated": gated}
     name = choose_backend(backend, x.device, x.dtype)
     if ops := fused_ops(name, x):
-        engine = megablocks_backend if name == "megablocks" else fused
-        return engine.experts(ops, x, routing, w1, b1, w2, b2, **options)
+        if name == "megablocks":  # which always counts them
+            return megablocks_backend.experts(ops, x, routing, w1, b1, w2, b2, **options)
+        if counted:
+            dispatch = fused.permuted(ops, routing, w1.shape[0])
+            routing = routing._replace(dispatch=fused.counted(dispatch, w1.shape[0]))
+        return fused.experts(ops, x, routing, w1, b1, w2, b2, **options)
     inputs = (x, routing.weights, routing.index, w1, b1, w2, b2)
     return recomputed(reference.experts, *inputs, **options)  # else N T H numbers and more would be kept
 

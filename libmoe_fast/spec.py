@@ -92,6 +92,7 @@ class Dispatch(NamedTuple):
     order    [T*K] int64   sorted position -> choice
     inverse  [T*K] int64   choice -> sorted position
     offsets  [N+1] int64   expert e owns sorted positions offsets[e]:offsets[e+1]; [N+free+1] with free choices
+                           (of which order may have one for all, see fused.counted)
     rows     [T*K, D]      stands for the tokens in sorted order. No memory behind it: experts gather from x in the
                            load, and only its gradient is real, which lets routing's backward sum over K. Or None
     tokens                 the x that `rows` stands for

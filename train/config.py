@@ -153,6 +153,8 @@ class EngineConfig:
         zero_stage: what is sharded: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters
         offload: keep optimizer state (and, at stage 3, parameters) in CPU memory
         checkpointing: recompute activations in backward instead of keeping them
+        expert_parallel: how many processes share one copy of the experts, each holding its part of every layer's; 1 =
+            each holds all. ZeRO stage 2, in stage 3 of the training
         tf32: allow TF32 in fp32 matrix products on GPUs that have it
         deepspeed: further DeepSpeed settings, merged over the ones made from these options
     """
@@ -161,6 +163,7 @@ class EngineConfig:
     zero_stage: int = 2
     offload: bool = False
     checkpointing: Literal["non_reentrant", "reentrant", "off"] = "non_reentrant"
+    expert_parallel: int = 1
     tf32: bool = True
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
@@ -224,6 +227,7 @@ RANGES = {  # option -> smallest and largest value
     "optim.max_grad_norm": (0, LARGEST),
     "each of optim.betas": (0, BELOW_ONE),
     "engine.zero_stage": (0, 3),
+    "engine.expert_parallel": (1, LARGEST),
     "model.balance_coef": (0, LARGEST),
     "model.z_coef": (0, LARGEST),
 }
@@ -269,6 +273,7 @@ def check_values(config: TrainConfig) -> None:
     _require(
         not config.engine.offload or config.engine.zero_stage > 0, "engine.offload needs engine.zero_stage 1, 2 or 3"
     )
+    _check_expert_parallel(config)
     for share in config.run.export_at:
         _require(0 < share <= 1, f"run.export_at has {share}; its shares of the steps must be above 0, and at most 1")
     _require(
@@ -277,6 +282,19 @@ def check_values(config: TrainConfig) -> None:
     )
     _check_deepspeed(config.engine.deepspeed)
     _check_model(config.model)
+
+
+def _check_expert_parallel(config: TrainConfig) -> None:
+    engine, model = config.engine, config.model
+    if engine.expert_parallel == 1:
+        return
+    given = f"engine.expert_parallel is {engine.expert_parallel}"
+    _require(engine.zero_stage == 2, f"{given}, which needs engine.zero_stage 2; it is {engine.zero_stage}")
+    _require(model.stage == 3, f"{given}, but there are no experts in stage {model.stage}; leave it out")
+    _require(
+        model.num_experts % engine.expert_parallel == 0,
+        f"{given}, which does not divide the {model.num_experts} experts of a layer (model.num_experts)",
+    )
 
 
 # DeepSpeed's own names of what our options say; dots as levels.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from libmoe_fast.errors import ConfigError, in_one_line
 from libmoe_fast.train.config import TrainConfig
+from libmoe_fast.train.expert_groups import parameter_groups, share_experts
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -109,10 +110,12 @@ def make_engine(model: nn.Module, config: TrainConfig, *, universal: bool = Fals
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.engine.tf32
     recompute_activations(model, config)
     model.train()
+    if config.engine.expert_parallel > 1:
+        share_experts(model, config.engine.expert_parallel)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optim = config.optim
     optimizer = torch.optim.AdamW(
-        trainable,
+        parameter_groups(trainable),
         lr=optim.lr,
         betas=tuple(optim.betas),
         weight_decay=optim.weight_decay,
@@ -194,16 +197,3 @@ def step_engine(engine: Any) -> Tensor | float | None:
         norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     return norm if norm is not None else engine.get_global_grad_norm()
-
-
-def whole_state(engine: Any) -> dict[str, Tensor]:
-    """The model's state_dict with every parameter whole, on rank 0; empty on the others. All ranks must call it."""
-    import deepspeed
-
-    state = {}
-    for name, tensor in engine.module.state_dict(keep_vars=True).items():
-        sharded = [tensor] if hasattr(tensor, "ds_id") else []
-        with deepspeed.zero.GatheredParameters(sharded):
-            if dist.get_rank() == 0:
-                state[name] = tensor.detach().cpu().clone()
-    return state

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from libmoe_fast.checkpoint import whole_state
 from libmoe_fast.errors import LibMoEError
 from libmoe_fast.train.config import TrainConfig, check
 from libmoe_fast.train.data import Batch, ConversationDataset, batches, make_collator, open_records
@@ -20,7 +21,6 @@ from libmoe_fast.train.engine import (
     start_processes,
     step_engine,
     sum_over_ranks,
-    whole_state,
 )
 from libmoe_fast.train.held_out import HeldOut, held_out_data
 from libmoe_fast.train.log import Statistics, StepLog
@@ -93,7 +93,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
                 log.restart_clock()
             if done in exports and done < steps:
                 log.flush()
-                run.export(engine.module, processor, whole_state(engine), step=done)
+                run.export(engine.module, processor, whole_state(engine.module), step=done)
                 log.restart_clock()
             if held_out is not None and (done in exports or done == steps):
                 log.flush()
@@ -105,7 +105,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
                     break
             if stopping and done < steps:
                 raise KeyboardInterrupt(f"stopped and saved after step {done} of {steps}; the same command goes on")
-    run.export(engine.module, processor, whole_state(engine))
+    run.export(engine.module, processor, whole_state(engine.module))
     _say(f"{run.path} is done: the trained model is in {run.final}")
 
 

@@ -26,6 +26,7 @@ from libmoe_fast.multiscale import use_scales
 from libmoe_fast.spec import check_not_negative
 from libmoe_fast.train.config import TrainConfig, check_values
 from libmoe_fast.train.engine import recompute_activations
+from libmoe_fast.train.expert_groups import check_groups
 from libmoe_fast.train.model import DTYPES, compose_config, image_tokens, prepare_stage
 from libmoe_fast.upcycle import moe_layers
 
@@ -118,6 +119,7 @@ class Measured:
     total: int
     active: int  # that one token meets
     trained: int
+    experts: int  # all of all layers
     moe_layers: int
     image_tokens: int
     batch: int
@@ -214,6 +216,7 @@ def plan(
     if not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation is {utilisation}; it must be above 0 and at most 1")
     check_values(config)
+    check_groups(config.engine.expert_parallel, of=gpus)
     for name, value in {"host_bandwidth": host_bandwidth, "link_bandwidth": link_bandwidth}.items():
         if not value > 0:
             raise ConfigError(f"{name} is {value}; it must be above 0")
@@ -240,7 +243,7 @@ def plan(
         flops=measured.flops / measured.batch * batch * steps,
         memory=memory,
         host=host,
-        checkpoint=measured.total * measured.weight_bytes + measured.trained * state_bytes(config),
+        checkpoint=held(measured, config) * measured.weight_bytes + measured.trained * state_bytes(config),
         final=measured.total * measured.weight_bytes,
         notes=notes(config, setting),
     )
@@ -270,6 +273,11 @@ def notes(config: TrainConfig, setting: Setting | None) -> list[str]:
             "Offload: fused AdamW at the speed of the host's memory, its threads enough for that, and every byte on",
             "its way while nothing else happens; both bandwidths are assumed (--host_bandwidth, --link_bandwidth).",
         ]
+    if config.engine.expert_parallel > 1:
+        said += [
+            "Experts shared among GPUs: activations as if all experts had equally many tokens; those that travel are",
+            "counted neither in memory nor in time.",
+        ]
     if setting is not None:
         said.append(f"LibMoE's paper, table 3: {setting.hours[config.model.stage - 1]} h on 4 A100.")
     return said
@@ -280,11 +288,16 @@ def state_bytes(config: TrainConfig) -> int:
     return 8 if config.engine.dtype == "fp32" else 12
 
 
+def held(measured: Measured, config: TrainConfig) -> float:
+    """Parameters of one process, before ZeRO: of the experts its part."""
+    return measured.total - measured.experts * (1 - 1 / config.engine.expert_parallel)
+
+
 def memory_of(measured: Measured, config: TrainConfig, gpus: int) -> tuple[dict[str, float], float]:
     """(part -> bytes on one GPU, bytes on the host), after what ZeRO shards at its stage and what is offloaded."""
     stage, offload = config.engine.zero_stage, config.engine.offload
     size = measured.weight_bytes
-    weights = measured.total * size / (gpus if stage == 3 else 1)
+    weights = held(measured, config) * size / (gpus if stage == 3 else 1)
     gradients = measured.trained * size / (gpus if stage >= 2 else 1)
     optimizer = measured.trained * state_bytes(config) / (gpus if stage >= 1 else 1)
     host = 0.0
@@ -350,16 +363,14 @@ def measure(config: TrainConfig, *, vision: str, language: str, scales: Sequence
         alone = _flops(model, sizes | {"images": 0})
         flops = alone + (flops - alone) * batch * corpus.images / images
     layers = moe_layers(model).values()
-    idle = sum(
-        parameter.numel() * (1 - layer.router.spec.top_k / layer.experts.num_experts)
-        for layer in layers
-        for parameter in layer.experts.parameters()
-    )
+    sizes_of = [(layer.router.spec, sum(p.numel() for p in layer.experts.parameters())) for layer in layers]
+    idle = sum(size * (1 - spec.top_k / spec.num_experts) for spec, size in sizes_of)
     total = sum(parameter.numel() for parameter in model.parameters())
     return Measured(
         total=total,
         active=round(total - idle),
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        experts=sum(size for _, size in sizes_of),
         moe_layers=len(layers),
         image_tokens=own,
         batch=batch,

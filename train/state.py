@@ -172,6 +172,11 @@ class RunFolder:
         processes = len(list(checkpoint.glob("rank-*.pt")))
         if processes in (0, dist.get_world_size()):
             return False
+        if self.config.engine.expert_parallel > 1:
+            raise ConfigError(
+                f"{checkpoint} was written by {processes} processes with engine.expert_parallel, and can be taken up "
+                f"by as many only; here are {dist.get_world_size()}"
+            )
         self.whole = self.checkpoints / f".{checkpoint.name}.whole.partial"
         failure = None
         if dist.get_rank() == 0:
@@ -226,6 +231,8 @@ class RunFolder:
                 seed_everything((self.config.run.seed + 2**16 * state["step"] + dist.get_rank()) % 2**32)
             if self.whole is not None:
                 load_buffers(engine.module, self.whole)
+            if self.config.engine.expert_parallel > 1:
+                engine.optimizer.update_lp_params()  # a model's file has the first process's experts only
         # torch, zip and DeepSpeed raise errors of no common kind on damaged files.
         except Exception as error:
             raise CheckpointError(

@@ -26,7 +26,8 @@ from dispatch_checks import (
 )
 from torch import Tensor
 
-from libmoe_fast import ops, reference
+from libmoe_fast import fused, ops, reference
+from libmoe_fast.spec import Dispatch
 
 if reason := ops.available_backends()["triton"]:
     pytest.skip(f"Triton kernels cannot run in this process: {reason}", allow_module_level=True)
@@ -105,14 +106,15 @@ class ExpertCase:
     gated: bool = False
     bias: tuple[bool, bool] = (True, True)
     dtype: torch.dtype = torch.float32
-    # "random", "some idle" (odd experts get nothing), "one takes all" (K = 1), or "some free" (some choices are of two
-    # slots that no expert runs)
+    # "random", "some idle" (odd experts get nothing), "one takes all" (K = 1), "some free" or "all free" (choices are
+    # of two slots that no expert runs)
     load: str = "random"
+    counted: bool = False  # whether the dispatch has rows for those alone that an expert runs
     far: bool = False  # pre-activations about -12, 0 and 12: none where gpt_oss has its kinks, at 7
 
     @property
     def free(self) -> int:
-        return 2 if self.load == "some free" else 0
+        return 2 if self.load.endswith("free") else 0
 
     @property
     def depth(self) -> int:
@@ -146,6 +148,8 @@ def expert_data(case: ExpertCase) -> ExpertData:
         score[:, 1::2] = -1
     elif case.load == "one takes all":
         score[:, case.N // 2] = 2
+    elif case.load == "all free":
+        score[:, case.N :] = 2
     return ExpertData(
         x=normal(case.T, case.D, dtype=case.dtype),
         weights=torch.rand(case.T, case.K).to(DEVICE),
@@ -184,6 +188,9 @@ def run_experts(
 ) -> dict[str, Tensor]:
     """The kernels, forward and backward, after the permutation of an index that they did not make."""
     experts, permuted = kernels.experts, kernels.dispatch.permute(data.index, case.N + case.free)
+    if case.counted:
+        permuted = kernels.dispatch.Permuted(*fused.counted(Dispatch(*permuted), case.N)[:3])
+        assert permuted.order.shape[0] == (data.index < case.N).sum() + 1
     expert = experts.ExpertWeights(*data.params, case.activation, case.gated)
     y, z = experts.experts(data.x, data.weights, permuted, expert, store_z=True)
     grads = experts.experts_backward(data.dy, data.x, data.weights, permuted, expert, z, weight_grads=weight_grads)

@@ -110,17 +110,32 @@ def poisoned_memory(monkeypatch):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
-def test_choices_that_no_expert_runs(descriptors, dtype, gated, poisoned_memory, monkeypatch):
+@pytest.mark.parametrize(
+    ("descriptors", "counted"),
+    [
+        pytest.param(False, False, id="pointers"),
+        pytest.param(True, False, id="descriptors"),
+        pytest.param(True, True, id="one row for all of them"),
+    ],
+)
+def test_choices_that_no_expert_runs(descriptors, counted, dtype, gated, poisoned_memory, monkeypatch):
     """They add nothing and have no gradient, and what nobody wrote of them does not show: a descriptor reads it."""
     if DEVICE == "cpu":
         monkeypatch.setattr(KERNELS.experts, "descriptors_usable", lambda *_: descriptors)
     assert torch.empty(1).isnan().all()
-    case = ExpertCase(O=24, load="some free", T=140, dtype=dtype, gated=gated)  # rows of 16 bytes, for descriptors
+    # Rows of 16 bytes, for descriptors.
+    case = ExpertCase(O=24, load="some free", T=140, dtype=dtype, gated=gated, counted=counted)
     data = expert_data(case)
     assert ((data.index >= case.N).any(1) & (data.index < case.N).any(1)).any()
     check_experts(KERNELS, case)
     assert not run_experts(KERNELS, case, data)["dweights"][data.index >= case.N].any()
+
+
+def test_no_choice_is_an_experts(poisoned_memory):
+    """A process among several may hold none of the experts that were chosen."""
+    case = ExpertCase(K=2, load="all free", counted=True)
+    for value in run_experts(KERNELS, case, expert_data(case)).values():
+        assert not value.any()
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU, the table of tiles decides")

@@ -183,8 +183,8 @@ def test_live_bytes():
 
 
 MEASURED = Measured(
-    total=10**9, active=9 * 10**8, trained=8 * 10**8, moe_layers=3, image_tokens=16, batch=2, flops=1e12,
-    activations=5e8, weight_bytes=2,
+    total=10**9, active=9 * 10**8, trained=8 * 10**8, experts=4 * 10**8, moe_layers=3, image_tokens=16,
+    batch=2, flops=1e12, activations=5e8, weight_bytes=2,
 )  # fmt: skip
 
 
@@ -206,6 +206,17 @@ def test_what_zero_shards(stage, offload, expected, host):
     assert {part: parts[part] / 1e9 for part in expected} == pytest.approx(expected)
     assert on_host / 1e9 == pytest.approx(host)
     assert parts["activations"] == 5e8
+
+
+def test_what_processes_share_of_the_experts():
+    """Of 1 billion parameters 0.4 are experts': with a quarter of those, 0.7. What ZeRO cuts is cut as before."""
+    settings = config(dtype="bf16", zero_stage=2, expert_parallel=4)
+    parts, _ = memory_of(MEASURED, settings, gpus=8)
+    assert parts["weights"] == pytest.approx(2 * 0.7e9)
+    assert parts["gradients"] == pytest.approx(2 * 0.8e9 / 8)
+    assert parts["optimizer state"] == pytest.approx(12 * 0.8e9 / 8)
+    with pytest.raises(ConfigError, match="which do not divide the 6 of this run"):
+        small_plan(settings, gpus=6)
 
 
 @pytest.mark.parametrize(
