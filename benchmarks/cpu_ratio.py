@@ -4,6 +4,7 @@
     python benchmarks/cpu_ratio.py --shape 64 --dtype bf16 --rounds 20
     python benchmarks/cpu_ratio.py --quick              # three rounds, ours only
     python benchmarks/cpu_ratio.py --routers            # the five routers beside each other
+    python benchmarks/cpu_ratio.py --bf16               # ours in bf16 over ours in fp32
     python benchmarks/cpu_ratio.py --growth             # time per token from 256 to 16,384 tokens
     python benchmarks/cpu_ratio.py --memory             # kept for backward, and peak
 
@@ -27,7 +28,7 @@ import torch
 from libmoe_fast.benchmarks.arena import LOOP, OURS, Arena, build_arena, entrant, make_moe, random_tokens
 from libmoe_fast.benchmarks.cases import CPU_TARGETS
 from libmoe_fast.benchmarks.limits import dense_gemms
-from libmoe_fast.benchmarks.measure import Contest, Spread, Timing, make_clock, run_together
+from libmoe_fast.benchmarks.measure import Contest, Entrant, Spread, Timing, make_clock, run_together
 from libmoe_fast.benchmarks.memory import peak_bytes, saved_bytes
 from libmoe_fast.benchmarks.report import spread
 from libmoe_fast.errors import LibMoEError
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject = parser.add_mutually_exclusive_group()
-    for function in (routers, growth, memory):
+    for function in (routers, bf16, growth, memory):
         subject.add_argument(
             f"--{function.__name__}", dest="subject", action="store_const", const=function, help=function.__doc__
         )
@@ -119,6 +120,29 @@ def routers(options: argparse.Namespace) -> None:
         print_row(name, *(spread(column[name]) for column in columns.values()))
     medians = [[ratio.median for ratio in column.values()] for column in columns.values()]
     print_row("slowest / fastest (target 1.03)", *(f"{max(m) / min(m):.3f}" for m in medians))
+
+
+def bf16(options: argparse.Namespace) -> None:
+    """Layers in bf16 over the same in fp32, time / time. On AVX2, which multiplies in fp32, the target is 1.15."""
+    print_row("T, D, H, O, N, K", *MODES)
+    print_row(*["---"] * (1 + len(MODES)))
+    for target in options.targets:
+        if target.dtype != "bf16":
+            continue
+        ratios = []
+        for mode in MODES.values():
+            case = target.case(mode, peers=())
+            wide = build_arena(dataclasses.replace(case, dtype="fp32"), CPU).entrants[OURS]
+
+            def in_fp32(wide: Entrant = wide) -> None:
+                wide.reset()
+                wide.run()
+
+            contest = Contest(build_arena(case, CPU).entrants, limit=in_fp32, clock=make_clock(CPU))
+            contest.warm_up()
+            contest.run(options.rounds)
+            ratios.append(spread(contest.timings[OURS].over_limit))
+        print_row(target.sizes, *ratios)
 
 
 def growth(options: argparse.Namespace) -> None:

@@ -53,10 +53,23 @@ inline bool has_avx512_bf16() {
   return supported;
 }
 
+// Whether torch's mm multiplies 16 bits with instructions of their own, or with AVX-512 in their stead, or not well.
+inline bool mm_has_bf16() { return has_avx512(); }
+inline bool mm_has_fp16() {
+#if defined(__clang__) || __GNUC__ >= 12  // older ones do not know the name
+  static const bool supported = has_avx512() && __builtin_cpu_supports("avx512fp16");
+  return supported;
+#else
+  return false;
+#endif
+}
+
 #else
 
 inline bool has_avx512() { return false; }
 inline bool has_avx512_bf16() { return false; }
+inline bool mm_has_bf16() { return true; }
+inline bool mm_has_fp16() { return true; }
 #ifdef LIBMOE_FAST_NARROW
 inline bool has_narrow() { return true; }  // NEON is part of every 64-bit ARM
 #else

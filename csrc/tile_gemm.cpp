@@ -36,12 +36,12 @@ bool tiles_pay([[maybe_unused]] ScalarType dtype, [[maybe_unused]] int64_t choic
   const Gemm gemm = demanded();
   if (!has_narrow() || gemm == Gemm::torch) return false;
 #ifdef LIBMOE_FAST_AVX512
-  const bool bf16 = dtype == ScalarType::BFloat16;
   if (!has_avx512()) {
-    // torch's mm takes fp32 as fast as 16 registers allow, but packs the weights again for each expert: many of them, or
-    // with few rows, are faster in tiles. Nothing there multiplies bf16 well.
-    return gemm == Gemm::tiles || bf16 || choices < kFewRows * experts || experts >= kManyExperts;
+    // torch's mm takes fp32, into which bf16 is converted for it, as fast as 16 registers allow, but packs the weights
+    // again for each expert: many of them, or with few rows, are faster in tiles.
+    return gemm == Gemm::tiles || choices < kFewRows * experts || experts >= kManyExperts;
   }
+  const bool bf16 = dtype == ScalarType::BFloat16;
   // AMX multiplies bf16 many times faster than AVX-512, and oneDNN, behind torch's mm, uses it.
   const bool faster = !bf16 || !__builtin_cpu_supports("amx-bf16");
   return (!bf16 || has_avx512_bf16()) && (gemm == Gemm::tiles || faster);

@@ -52,7 +52,6 @@ class ParallelExperts(Experts):
                 setattr(self, name, nn.Parameter(part, requires_grad=whole.requires_grad))
         self.train(experts.training)
 
-    @torch.compiler.disable  # sizes depend on the routing, and on other processes
     def forward(self, x: Tensor, routing: Routing, backend: str | None = None) -> Tensor:
         """x [T, D] -> [T, O]; `routing` is over all N experts."""
         longest = self._longest(x.shape[0])

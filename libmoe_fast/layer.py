@@ -254,9 +254,11 @@ class MoE(nn.Module):
         )
 
     def _log(self, routing: Routing) -> None:
-        # A recomputation in backward is no new forward; a tower of several scales has averaged its passes by then.
-        if not ops.recomputing():
-            self.set_statistics(*(None if value is None else value.detach() for value in routing.aux))
+        if ops.recomputing():  # in backward, which is no new forward; several scales' passes were averaged by then
+            return
+        # A compiler gives back wrongly what is a view of what it keeps, where a graph ends before the experts.
+        kept = Tensor.clone if torch.compiler.is_compiling() else Tensor.detach
+        self.set_statistics(*(None if value is None else kept(value.detach()) for value in routing.aux))
 
     def _record(self, routing: Routing, shape: torch.Size) -> None:
         """Appends the detached routing, with the leading shape of x. Recomputation in backward is not a new forward."""

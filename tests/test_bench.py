@@ -318,13 +318,16 @@ def test_cpu_table(cpu_table):
         cpu_table("--shape", "64", "--dtype", "bf16")
 
 
-def test_cpu_routers_and_growth(cpu_table):
+def test_cpu_routers_dtypes_and_growth(cpu_table):
     table = cpu_table("--routers")
     slowest_over_fastest = table.pop("slowest / fastest (target 1.03)")
     over_mean = [ratio(cells[1]) for name, cells in table.items() if name in COMPARED]  # of forward
     assert len(over_mean) == 5
     assert min(over_mean) <= 1 <= max(over_mean)
     assert float(slowest_over_fastest[1]) == pytest.approx(max(over_mean) / min(over_mean), rel=0.05)
+    table = cpu_table("--bf16")  # of the one shape that has it
+    assert list(table) == ["T, D, H, O, N, K", "---", "2048, 64, 256, 64, 4, 2"]
+    assert all(ratio(cell) > 0 for cell in table["2048, 64, 256, 64, 4, 2"])
     table = cpu_table("--growth")
     assert list(table)[2:] == ["16", "64"]
     assert ratio(table["64"][1]) == 1

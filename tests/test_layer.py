@@ -427,6 +427,29 @@ def test_compiles_without_graph_breaks(router, backend):
     torch.testing.assert_close(actual, gradients(moe))
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_compiles_around_experts_that_break_the_graph(backend):
+    """As an adapter around them may, and those that processes share do."""
+
+    class Uncompiled(nn.Module):
+        def __init__(self, experts):
+            super().__init__()
+            self.experts, self.w1 = experts, experts.w1
+
+        @torch.compiler.disable
+        def forward(self, *arguments):
+            return self.experts(*arguments)
+
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    moe, x = MoE(8, 16, 8, num_experts=4, top_k=2, backend=backend), torch.randn(3, 5, 8)
+    expected = moe(x)
+    losses = moe.statistics()
+    moe.experts = Uncompiled(moe.experts)
+    torch.testing.assert_close(torch.compile(moe, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(moe.statistics(), losses)
+
+
 def test_compiles_with_inductor():
     """One real code generation (C++ on the CPU); the other routers share its graph structure."""
     torch.compiler.reset()
