@@ -9,8 +9,12 @@ import os
 import triton
 import triton.language as tl
 
+from .interpreter import replace_once_per_launch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
+if INTERPRETED:
+    replace_once_per_launch()
 
 # A GEMM's `rows_log2` is there for the tuner, which chooses a tile by it, and PROGRAMS for its grid; the kernel is the
 # same for all their values.

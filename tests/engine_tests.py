@@ -6,8 +6,8 @@ OPS = ("extension", "cpu_engine", "cpu_routing", "ops", "layer")  # what calls t
 USERS = ("analysis", "checkpoint", "dense_mlps", "huggingface", "loss_scale", "models", "multiscale", "routers_v2")
 USERS += ("upcycle", "wrappers", "train/test_model", "train/test_training")
 
-# The same with backend="reference", which does not call it.
-WITHOUT_REFERENCE = ("-k", "not ([reference] or [reference- or -reference])")
+# Not those with backend="reference", which does not call it, nor those of a compiler's graphs, the same whatever runs.
+ENGINE_ONLY = ("-k", "not ([reference] or [reference- or -reference or compiles)")
 
 
 def files(names: tuple[str, ...]) -> list[str]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_tests import OPS, USERS, WITHOUT_REFERENCE, files
+from engine_tests import ENGINE_ONLY, OPS, USERS, files
 
 HERE = Path(__file__).parent
 # A variable and its value -> the capability of torch's that it takes away.
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     has = torch.cpu.get_capabilities()
     whole = "--whole" in arguments
     rest = [argument for argument in arguments if argument != "--whole"]
-    chosen = [str(HERE)] if whole else [*(str(HERE / name) for name in files(OPS + USERS)), *WITHOUT_REFERENCE]
+    chosen = [str(HERE)] if whole else [*(str(HERE / name) for name in files(OPS + USERS)), *ENGINE_ONLY]
     for (variable, value), taken in PATHS.items():
         path = f"{variable}={value}"
         if not has.get(taken, False):
