@@ -53,7 +53,7 @@ inline bool has_avx512_bf16() {
   return supported;
 }
 
-// Whether torch's mm multiplies 16 bits with instructions of their own, or with AVX-512 in their stead, or not well.
+// Whether torch's mm has a fast way to multiply bf16, on AVX-512 at the least, and fp16, by its own instructions only.
 inline bool mm_has_bf16() { return has_avx512(); }
 inline bool mm_has_fp16() {
 #if defined(__clang__) || __GNUC__ >= 12  // older ones do not know the name

@@ -535,7 +535,7 @@ def test_bad_arguments(make, message):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_memory_kept_for_backward(router, backend):
     """At CLIP-L's sizes at most 2TD + 2TKH bytes in bf16, and 1% for the routing: no float32 copy, no [T*K, O]."""
-    T, D, H, K = 256, 1024, 4096, 2
+    T, D, H, K = 256 if backend == "cpu" else 64, 1024, 4096, 2  # the reference runs every expert on every token
     moe = MoE(D, H, D, num_experts=4, top_k=K, router=router, backend=backend, dtype=torch.bfloat16)
     own = {t.untyped_storage().data_ptr() for t in (*moe.parameters(), *moe.buffers())}
     kept = {}

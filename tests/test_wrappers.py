@@ -75,7 +75,15 @@ def test_two_processes_in_ddp_fsdp_and_zero3(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         found = dict(line.split(": ") for line in (tmp_path / f"rank{rank}.txt").read_text().splitlines())
-        assert found.keys() == {"DDP", "FSDP1", "FSDP2", "FSDP2 saved", "ZeRO-3 from_pretrained", "sharded before"}
+        assert found.keys() == {
+            "DDP",
+            "FSDP1",
+            "FSDP2",
+            "FSDP2 saved",
+            "ZeRO-3 from_pretrained",
+            "ZeRO-3 saved",
+            "sharded before",
+        }
         assert "upcycle the model first, then call fully_shard" in found.pop("sharded before")
         assert {name: float(value) for name, value in found.items()} == pytest.approx(dict.fromkeys(found, 0), abs=1e-5)
 

@@ -68,8 +68,7 @@ def main(folder: Path) -> None:
     fully_shard(sharded, mesh=mesh)
     compare("FSDP2", steps(sharded, [rank]))
     save_model(sharded, folder / "fsdp2")
-    states = [load_model(folder / "fsdp2").state_dict(), plain.state_dict()]
-    found["FSDP2 saved"] = max((states[0][name] - tensor).abs().max().item() for name, tensor in states[1].items())
+    found["FSDP2 saved"] = distance(load_model(folder / "fsdp2"), plain)
     sharded = dense()[0]
     fully_shard(sharded, mesh=mesh)
     try:
@@ -92,7 +91,15 @@ def main(folder: Path) -> None:
         engine.step()
         losses.append(loss.item())
     compare("ZeRO-3 from_pretrained", losses)
+    save_model(engine.module, folder / "zero3")
+    del config  # else what is loaded is partitioned, too
+    found["ZeRO-3 saved"] = distance(load_model(folder / "zero3"), plain)
     (folder / f"rank{rank}.txt").write_text("".join(f"{name}: {value}\n" for name, value in found.items()))
+
+
+def distance(model, other) -> float:
+    state = model.state_dict()
+    return max((state[name] - tensor).abs().max().item() for name, tensor in other.state_dict().items())
 
 
 def dense():
