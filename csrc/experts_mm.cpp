@@ -21,11 +21,18 @@ int64_t most_rows(const ExpertInputs<T>& inputs) {
   return most;
 }
 
-// Rows of one expert, copied into its order.
+// Rows of one expert, copied into its order, in M.
 template <typename T, typename M>
 void copy_rows(const ExpertInputs<T>& inputs, const T* matrix, int64_t width, int64_t row, int64_t rows, M* out) {
   parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) convert_row(out + i * width, inputs.row_of(matrix, width, row + i), width);
+    for (int64_t i = begin; i < end; ++i) {
+      const T* source = inputs.row_of(matrix, width, row + i);
+      if constexpr (std::is_same_v<T, M>) {
+        std::copy_n(source, width, out + i * width);
+      } else {
+        convert_row(out + i * width, source, width);
+      }
+    }
   });
 }
 
