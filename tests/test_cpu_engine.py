@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from libmoe_fast import cpu_backend, extension, fused, reference
+from libmoe_fast import cpu_backend, extension, fused, ops, reference
 from libmoe_fast.spec import Routing
 
 pytestmark = pytest.mark.skipif(not extension.load().loaded, reason="the C++ extension is not built")
@@ -143,6 +143,25 @@ def test_what_large_sizes_take(shape, gated, dtype, gemm):
     ours = results(engine, index, tensors, dy, **options)
     for a, truth in zip(ours, exact, strict=True):
         assert (a.double() - truth).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("experts", [2, 0], ids=["some", "none"])  # that are here, of those chosen
+def test_one_row_for_all_choices_that_no_expert_runs(experts, dtype, gemm):
+    """As where other processes hold most experts. The same bits as with a row for each of them."""
+    index, (x, weights, *params), dy = problem(45, 33, 40, 30, 5, 3, dtype=dtype)
+    here = [p[:2] for p in params]
+    others = torch.where(index < experts, index, 2)
+
+    def run(x, weights, index, *params, **options):
+        return ops.experts(x, Routing(index, weights, free=1), *params, backend="cpu", **options)
+
+    options = {"activation": "gelu", "gated": False}
+    whole, counted = (results(run, others, [x, weights, *here], dy, **options, counted=c) for c in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(whole, counted, strict=True))
+    assert whole[0].any() == (experts > 0)
+    dweights = counted[2]
+    assert not dweights[others == 2].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
