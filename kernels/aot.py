@@ -81,8 +81,8 @@ OPERANDS = {
     "tf32": (torch.float32, "tf32"),
     "tf32x3": (torch.float32, "tf32x3"),
 }
-# The short gate: each kernel's first tile, in the dtypes and shapes that differ most, all routers in the first.
-# It leaves out the other tiles, fp16, tf32, full precision, SigLIP's sizes and the corners: they take longer than all of CI.
+# The short gate: each kernel's first tile, in the dtypes and shapes that differ most, all routers in the first dtype.
+# Other tiles, fp16, tf32, full precision, SigLIP's sizes and the corners, left out, take longer than all the rest of CI.
 SHORT = {"bf16": ["CLIP-L", "fine-grained", "no biases"], "tf32x3": ["CLIP-L"]}
 
 
