@@ -82,7 +82,7 @@ OPERANDS = {
     "tf32x3": (torch.float32, "tf32x3"),
 }
 # The short gate: each kernel's first tile, in the dtypes and shapes that differ most, all routers in the first dtype.
-# Other tiles, fp16, tf32, full precision, SigLIP's sizes and the corners, left out, take longer than all the rest of CI.
+# Other tiles, fp16, tf32, full precision, SigLIP's sizes and the corners, left out, take longer than the rest of CI.
 SHORT = {"bf16": ["CLIP-L", "fine-grained", "no biases"], "tf32x3": ["CLIP-L"]}
 
 
