@@ -35,7 +35,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo         train and compare five routers on real images; report in runs/demo (DEMO_ARGS=--short: less)"
 	@echo "make test         run the tests (PYTEST_ARGS=... are passed on)"
-	@echo "make isa          run the CPU engine's tests on the paths that other processors take (PYTEST_ARGS=--whole: all tests)"
+	@echo "make isa          run the tests on the paths that other processors take through the CPU engine"
 	@echo "make bench        measure the layers against other implementations (BENCH_ARGS=... are passed on)"
 	@echo "make doctor       say what is installed and which backends work here"
 	@echo "make lint         check the style of the Python files"

@@ -1,8 +1,9 @@
-"""The tests that compute with the CPU engine, on the paths that other processors take.
+"""The suite, on the paths that other processors take through the CPU engine.
 
-    python tests/other_processors.py [--whole] [pytest's arguments]      --whole: all tests of the suite
+    python tests/other_processors.py [--whole] [pytest's arguments]
 
-Left out are those of other things (files, commands, processes, benchmarks), which take minutes more per path.
+Without --whole, tests are left out for which no path is another: of files where no layer computes, of the `reference`
+backend and of a compiler's graphs (engine_tests.py).
 
 Two variables take instructions away, so one machine shows what others do. A path that this machine takes anyway is left
 to `make test`.
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_tests import ENGINE_ONLY, OPS, USERS, files
+from engine_tests import ENGINE_ONLY, NO_LAYERS
 
 HERE = Path(__file__).parent
 # A variable and its value -> the capability of torch's that it takes away.
@@ -29,14 +30,14 @@ def main(arguments: list[str]) -> int:
     has = torch.cpu.get_capabilities()
     whole = "--whole" in arguments
     rest = [argument for argument in arguments if argument != "--whole"]
-    chosen = [str(HERE)] if whole else [*(str(HERE / name) for name in files(OPS + USERS)), *ENGINE_ONLY]
+    left_out = [] if whole else [*(f"--ignore={HERE / name}" for name in NO_LAYERS), *ENGINE_ONLY]
     for (variable, value), taken in PATHS.items():
         path = f"{variable}={value}"
         if not has.get(taken, False):
             print(f"{path}: this processor has no {taken}, and takes that path by itself", flush=True)
             continue
         print(f"{path}: without {taken}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *chosen, *rest]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", str(HERE), *left_out, *rest]
         if code := subprocess.run(command, env={**os.environ, variable: value}).returncode:
             return code
     return 0

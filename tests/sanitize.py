@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine_tests import ENGINE_ONLY, OPS, files
+from engine_tests import ENGINE_ONLY, OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
@@ -98,7 +98,7 @@ def run_tests(package: Path, environment: dict[str, str]) -> int:
     """pytest's exit status. A finding ends the worker that met it: pytest names the test and goes on."""
     arguments = sys.argv[1:]
     if not any(argument.startswith("tests/") for argument in arguments):
-        arguments += [*ENGINE_ONLY, *(f"tests/{name}" for name in files(OPS))]
+        arguments += [*ENGINE_ONLY, *(f"tests/test_{name}.py" for name in OPS)]
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal")
     return subprocess.run([*command, *arguments], cwd=package, env=environment).returncode
 
