@@ -20,7 +20,7 @@ from engine_tests import ENGINE_ONLY, OPS
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
 # After setup.py's own options, and the last one counts.
-FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 NO_RUNTIME = """\
 no {library} of {compiler} found. The sanitizers need g++ and its runtime libraries (Debian, Ubuntu: apt install g++;
 Fedora: dnf install libasan libubsan); CXX names another g++."""
