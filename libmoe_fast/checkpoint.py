@@ -99,7 +99,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
             elif hasattr(whole, "full_tensor"):
                 whole = whole.full_tensor()
             if dist.get_rank() == 0:
-                state[name] = whole.cpu().clone()
+                state[name] = whole.to("cpu", copy=True)
     return state
 
 

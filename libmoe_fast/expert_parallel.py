@@ -10,6 +10,8 @@ process and direction, where sending choices moves K (P - 1) / P T D: no more wh
 GPUs. Parts are added in float32.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,8 +22,6 @@ from libmoe_fast.experts import Experts, is_sharded
 from libmoe_fast.reference import accumulation_dtype
 from libmoe_fast.spec import Routing
 from libmoe_fast.upcycle import moe_layers
-
-NAMES = ("w1", "bias1", "w2", "bias2")
 
 
 class ParallelExperts(Experts):
@@ -46,10 +46,9 @@ class ParallelExperts(Experts):
             device="meta",  # the parameters are replaced below
         )
         self.first = own * group.rank()
-        for name in NAMES:
-            if (whole := getattr(experts, name)) is not None:
-                part = whole.detach()[self.first : self.first + own].clone()
-                setattr(self, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        for name, whole in experts.named_parameters():
+            part = whole.detach()[self.first : self.first + own].clone()
+            setattr(self, name, nn.Parameter(part, requires_grad=whole.requires_grad))
         self.train(experts.training)
 
     def forward(self, x: Tensor, routing: Routing, backend: str | None = None) -> Tensor:
@@ -59,12 +58,13 @@ class ParallelExperts(Experts):
         def padded(rows: Tensor, value: float = 0) -> Tensor:  # [T', ..], as long as the longest
             return F.pad(rows, (0, 0, 0, longest - rows.shape[0]), value=value)
 
-        tokens, weights = Gathered.apply(self.group, padded(x), padded(routing.weights))  # [P*T', D], [P*T', K]
+        sent = (padded(x), padded(routing.weights))
+        tokens, weights = Collective.apply(self.group, gather, exchange_and_sum, *sent)  # [P*T', D], [P*T', K]
         index = gather(padded(routing.index, self.all_experts), self.group) - self.first  # [P*T', K]
         index = torch.where((index >= 0) & (index < self.num_experts), index, self.num_experts)  # others' are free
         # Most choices are others': rows for all of them would take P times the memory.
         y = super().forward(tokens, Routing(index, weights, free=1), backend, counted=True)  # [P*T', O]
-        return Summed.apply(self.group, y)[0][: x.shape[0]]
+        return Collective.apply(self.group, exchange_and_sum, gather, y)[0][: x.shape[0]]
 
     def _longest(self, tokens: int) -> int:
         """Of all processes' T. The host knows them, so it asks without waiting for the device."""
@@ -73,7 +73,7 @@ class ParallelExperts(Experts):
         return int(lengths)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
-        for name in NAMES:
+        for name, _ in self.named_parameters():
             key, own = prefix + name, slice(self.first, self.first + self.num_experts)
             if key in state_dict and state_dict[key].shape[:1] == (self.all_experts,):
                 state_dict[key] = state_dict[key][own]
@@ -125,7 +125,7 @@ def parallel_parameters(model: nn.Module) -> dict[str, dist.ProcessGroup]:
         f"{prefix}.{name}" if prefix else name: module.group
         for prefix, module in model.named_modules()
         if isinstance(module, ParallelExperts)
-        for name, _ in module.named_parameters(recurse=False)
+        for name, _ in module.named_parameters()
     }
 
 
@@ -149,27 +149,14 @@ def exchange_and_sum(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received.sum(0, dtype=accumulation_dtype(parts.dtype)).to(parts.dtype)
 
 
-class Gathered(torch.autograd.Function):
-    """`gather`, of several tensors: their gradients travel in the same order on every process."""
+class Collective(torch.autograd.Function):
+    """`collective` of several tensors, whose gradients travel back by its transpose, in the same order everywhere."""
 
     @staticmethod
-    def forward(ctx, group: dist.ProcessGroup, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(gather(part, group) for part in parts)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return None, *Summed.apply(ctx.group, *grads)
-
-
-class Summed(torch.autograd.Function):
-    """`exchange_and_sum`, of several tensors."""
-
-    @staticmethod
-    def forward(ctx, group: dist.ProcessGroup, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(exchange_and_sum(part, group) for part in parts)
+    def forward(ctx, group, collective: Callable, transpose: Callable, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.back = group, transpose, collective
+        return tuple(collective(part, group) for part in parts)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return None, *Gathered.apply(ctx.group, *grads)
+        return None, None, None, *Collective.apply(*ctx.back, *grads)

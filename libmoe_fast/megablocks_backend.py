@@ -14,8 +14,8 @@ from torch import Tensor
 
 from libmoe_fast import reference
 from libmoe_fast.errors import BackendError
-from libmoe_fast.fused import FusedOps
-from libmoe_fast.spec import Dispatch, Routing
+from libmoe_fast.fused import FusedOps, permuted
+from libmoe_fast.spec import Routing
 
 DTYPES = (torch.bfloat16,)  # gmm takes no other
 INSTALL = "pip install --no-deps --no-build-isolation megablocks grouped_gemm, with a CUDA compiler"
@@ -44,7 +44,7 @@ def experts(
     """`reference.experts`, deterministic. A routing that another router made is permuted first, by `ops`."""
     gmm = grouped_gemm()
     N = w1.shape[0]
-    dispatch = routing.dispatch or Dispatch(*ops.permute(routing.index.contiguous(), N + routing.free))
+    dispatch = routing.dispatch or permuted(ops, routing, N)
     order, inverse = dispatch.order, dispatch.inverse
     T, K = routing.index.shape
     counts = dispatch.offsets.diff()[:N].cpu()  # waits
