@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "instructions.h"
 #include "rows.h"
 
 namespace libmoe_fast {
@@ -48,24 +49,29 @@ class PaddedRows {
   std::vector<Real> values_;
 };
 
-constexpr int kDotRows = 8, kDotColumns = 2;  // 16 sums and 3 operands in registers
+constexpr int kDotRows = 8, kDotColumns = 2;
 
-// out[i][j] = <rows[i], columns[j]>; width a multiple of kLanes.
-template <typename Real>
+// out[i][j] = <rows[i], columns[j]>; width a multiple of kLanes, whose sums are in vectors of kBytes: larger ones than a
+// register GCC takes apart value by value.
+template <typename Real, int kRows, int kBytes>
 LIBMOE_FAST_ROW void dot_tile(const Real* const* rows, const Real* const* columns, int64_t width, Real* out) {
-  typedef Real Lanes __attribute__((vector_size(64), aligned(8), may_alias));
-  Lanes sums[kDotRows][kDotColumns] = {};
+  typedef Real Vector __attribute__((vector_size(kBytes), aligned(8), may_alias));
+  constexpr int kVectors = 64 / kBytes, kInVector = kBytes / sizeof(Real);
+  Vector sums[kRows][kDotColumns][kVectors] = {};
   for (int64_t d = 0; d < width; d += kLanes<Real>) {
-    const Lanes first = *reinterpret_cast<const Lanes*>(columns[0] + d);
-    const Lanes second = *reinterpret_cast<const Lanes*>(columns[1] + d);
 #pragma GCC unroll 8
-    for (int i = 0; i < kDotRows; ++i) {
-      const Lanes row = *reinterpret_cast<const Lanes*>(rows[i] + d);
-      sums[i][0] += row * first;
-      sums[i][1] += row * second;
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector first = *reinterpret_cast<const Vector*>(columns[0] + d + v * kInVector);
+      const Vector second = *reinterpret_cast<const Vector*>(columns[1] + d + v * kInVector);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Vector row = *reinterpret_cast<const Vector*>(rows[i] + d + v * kInVector);
+        sums[i][0][v] += row * first;
+        sums[i][1][v] += row * second;
+      }
     }
   }
-  for (int i = 0; i < kDotRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kDotColumns; ++j) {
       Real lanes[kLanes<Real>];
       std::memcpy(lanes, &sums[i][j], sizeof lanes);
@@ -74,20 +80,39 @@ LIBMOE_FAST_ROW void dot_tile(const Real* const* rows, const Real* const* column
   }
 }
 
+// kInRegisters rows' sums stay in registers, and kInCache rows in the first-level cache while all columns go by.
+template <typename Real, int kInRegisters, int kInCache, int kBytes>
+void dot_tiles(const Real* const* rows, int count, const PaddedRows<Real>& matrix, Real* out, int64_t stride) {
+  for (int begin = 0; begin < count; begin += kInCache) {
+    for (int64_t j = 0; j < matrix.rows(); j += kDotColumns) {
+      const Real* right[kDotColumns] = {matrix.row(j), matrix.row(std::min(j + 1, matrix.rows() - 1))};
+      for (int first = begin; first < std::min(count, begin + kInCache); first += kInRegisters) {
+        const Real* left[kInRegisters];
+        for (int i = 0; i < kInRegisters; ++i) left[i] = rows[std::min(first + i, count - 1)];
+        Real tile[kInRegisters * kDotColumns];
+        dot_tile<Real, kInRegisters, kBytes>(left, right, matrix.padded(), tile);
+        for (int i = 0; i < std::min(kInRegisters, count - first); ++i) {
+          for (int64_t l = 0; l < kDotColumns && j + l < matrix.rows(); ++l) {
+            out[(first + i) * stride + j + l] = tile[i * kDotColumns + l];
+          }
+        }
+      }
+    }
+  }
+}
+
 // out [count, stride] = rows * matrix^T for up to kDotRows padded rows.
 template <typename Real>
 void dot_rows_with(const Real* const* rows, int count, const PaddedRows<Real>& matrix, Real* out, int64_t stride) {
-  const Real* left[kDotRows];
-  for (int i = 0; i < kDotRows; ++i) left[i] = rows[std::min(i, count - 1)];
-  for (int64_t j = 0; j < matrix.rows(); j += kDotColumns) {
-    const Real* right[kDotColumns] = {matrix.row(j), matrix.row(std::min(j + 1, matrix.rows() - 1))};
-    Real tile[kDotRows * kDotColumns];
-    dot_tile<Real>(left, right, matrix.padded(), tile);
-    for (int i = 0; i < count; ++i) {
-      for (int64_t l = 0; l < kDotColumns && j + l < matrix.rows(); ++l) {
-        out[i * stride + j + l] = tile[i * kDotColumns + l];
-      }
-    }
+#ifdef __x86_64__
+  constexpr int kBytes = 32;
+#else
+  constexpr int kBytes = 16;
+#endif
+  if (has_avx512()) {
+    dot_tiles<Real, kDotRows, kDotRows, 64>(rows, count, matrix, out, stride);  // 16 sums and 3 operands in 32 registers
+  } else {
+    dot_tiles<Real, 2, 4, kBytes>(rows, count, matrix, out, stride);  // 8 and 3 in 16, or twice as many of half the size
   }
 }
 
