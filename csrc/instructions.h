@@ -11,6 +11,9 @@
 #if defined(__GNUC__) && defined(__x86_64__)
 #define LIBMOE_FAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define LIBMOE_FAST_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define LIBMOE_FAST_VECTORS __attribute__((target("avx2,fma")))
+#else
+#define LIBMOE_FAST_VECTORS
 #endif
 
 // GCC keeps the accumulators in registers only if every loop over them is unrolled.

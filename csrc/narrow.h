@@ -8,21 +8,27 @@
 
 namespace libmoe_fast::narrow {
 
-// As the functions of the same names in tile_gemm.h and packing.h. bf16 words are widened as they are multiplied.
-template <typename T>
+// As the functions of the same names in tile_gemm.h and packing.h. All that is packed is fp32.
 void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead);
 template <typename T>
 void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const T* const* right, int64_t column,
                            uint32_t* packed, float* tile, Ahead ahead);
 template <typename T>
-void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed);
+void pack_strip(const T* const* rows, int count, int64_t elements, int64_t steps, uint32_t* packed);
 template <typename T>
-void pack_tile_along(const float* tile, int rows, uint32_t* packed);
+void pack_panel(const T* const* rows, int count, int64_t elements, int64_t steps, uint32_t* packed);
 template <typename T>
-void pack_tile_across(const float* tile, int rows, uint32_t* packed);
+LIBMOE_FAST_VECTORS void pack_tile_in_strip(const float* tile, int rows, uint32_t* packed);
+template <typename T>
+LIBMOE_FAST_VECTORS void pack_tile_in_panel(const float* tile, int rows, uint32_t* packed);
 
-// One panel of packing.h's pack_across: `count` columns from `column` on, the rest of the width zero.
+// A few steps of one strip or panel of pack_strips_across and pack_panels_across: `count` columns from `column` on, the rest
+// zero. steps_left: until the end of rows, which may be fetched early.
 template <typename T>
-void pack_panel_across(const T* const* rows, int64_t column, int count, int64_t steps, int width, uint32_t* packed);
+void pack_strip_across(const T* const* rows, int64_t column, int count, int64_t steps, int64_t steps_left,
+                       uint32_t* packed);
+template <typename T>
+void pack_panel_across(const T* const* rows, int64_t column, int count, int64_t steps, int64_t steps_left,
+                       uint32_t* packed);
 
 }  // namespace libmoe_fast::narrow

@@ -101,13 +101,6 @@ LIBMOE_FAST_AVX512 inline __m512i load_or_zero(__mmask32 valid, const void* row)
   return row == nullptr ? _mm512_setzero_si512() : load_halves(valid, row);
 }
 
-// Fetches row[column]; the row may be null, which is then harmless.
-template <typename T>
-inline void prefetch(const T* row, int64_t column) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(column) * sizeof(T);
-  _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1);
-}
-
 LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t column, int count, int64_t steps,
                                           int64_t steps_left, int width, uint32_t* packed) {
   const __m512i first = _mm512_load_si512(kInterleave.low), second = _mm512_load_si512(kInterleave.high);
@@ -115,8 +108,8 @@ LIBMOE_FAST_AVX512 void pack_across_words(const BFloat16* const* rows, int64_t c
   const __mmask16 columns = width >= 16 ? __mmask16(~0) : static_cast<__mmask16>((1u << width) - 1);
   for (int64_t step = 0; step < steps; ++step, packed += width, rows += 2) {
     if (step + kRowsAhead / 2 < steps_left) {
-      prefetch(rows[kRowsAhead], column);
-      prefetch(rows[kRowsAhead + 1], column);
+      fetch_early(rows[kRowsAhead], column);
+      fetch_early(rows[kRowsAhead + 1], column);
     }
     const __m512i even = load_or_zero(valid, rows[0] == nullptr ? nullptr : rows[0] + column);
     const __m512i odd = load_or_zero(valid, rows[1] == nullptr ? nullptr : rows[1] + column);
@@ -131,8 +124,8 @@ LIBMOE_FAST_AVX512 void pack_across_words(const float* const* rows, int64_t colu
   const __mmask16 low = mask(count), high = mask(count - 16), columns = mask(width);
   for (int64_t step = 0; step < steps; ++step, packed += width) {
     if (step + kRowsAhead < steps_left) {
-      prefetch(rows[step + kRowsAhead], column);
-      prefetch(rows[step + kRowsAhead], column + 16);
+      fetch_early(rows[step + kRowsAhead], column);
+      fetch_early(rows[step + kRowsAhead], column + 16);
     }
     const bool zero = rows[step] == nullptr;
     const float* row = zero ? nullptr : rows[step] + column;
@@ -160,14 +153,14 @@ LIBMOE_FAST_AVX512 inline void store_columns(__m512i (&block)[16], uint32_t* pac
   for (int i = 0; i < 16; ++i) store_words(packed + i * kTileRows, kRows, block[i]);
 }
 
-LIBMOE_FAST_AVX512_BF16 void pack_tile_along_words(const float* tile, int rows, uint32_t* packed, BFloat16) {
+LIBMOE_FAST_AVX512_BF16 void pack_tile_in_strip_words(const float* tile, int rows, uint32_t* packed, BFloat16) {
   __m512i block[16];
   LIBMOE_FAST_UNROLL
   for (int i = 0; i < 16; ++i) block[i] = row_words(tile, i, rows);
   store_columns(block, packed);
 }
 
-LIBMOE_FAST_AVX512 void pack_tile_along_words(const float* tile, int rows, uint32_t* packed, float) {
+LIBMOE_FAST_AVX512 void pack_tile_in_strip_words(const float* tile, int rows, uint32_t* packed, float) {
   for (int column = 0; column < kTileColumns; column += 16) {
     __m512i block[16];
     LIBMOE_FAST_UNROLL
@@ -176,7 +169,7 @@ LIBMOE_FAST_AVX512 void pack_tile_along_words(const float* tile, int rows, uint3
   }
 }
 
-LIBMOE_FAST_AVX512_BF16 void pack_tile_across_words(const float* tile, int rows, uint32_t* packed, BFloat16) {
+LIBMOE_FAST_AVX512_BF16 void pack_tile_in_panel_words(const float* tile, int rows, uint32_t* packed, BFloat16) {
   const __m512i first = _mm512_load_si512(kInterleave.low), second = _mm512_load_si512(kInterleave.high);
   for (int row = 0; row < rows; row += 2, packed += kTileColumns) {
     const __m512i even = row_words(tile, row, rows), odd = row_words(tile, row + 1, rows);
@@ -185,7 +178,7 @@ LIBMOE_FAST_AVX512_BF16 void pack_tile_across_words(const float* tile, int rows,
   }
 }
 
-LIBMOE_FAST_AVX512 void pack_tile_across_words(const float* tile, int rows, uint32_t* packed, float) {
+LIBMOE_FAST_AVX512 void pack_tile_in_panel_words(const float* tile, int rows, uint32_t* packed, float) {
   for (int row = 0; row < rows + rows % 2; ++row, packed += kTileColumns) {
     _mm512_storeu_si512(packed, row_values(tile, row, rows, 0));
     _mm512_storeu_si512(packed + 16, row_values(tile, row, rows, 16));
@@ -197,56 +190,87 @@ LIBMOE_FAST_AVX512 void pack_tile_across_words(const float* tile, int rows, uint
 #endif
 
 template <typename T>
-void pack_tile_along(const float* tile, int rows, uint32_t* packed) {
+void pack_tile_in_strip(const float* tile, int rows, uint32_t* packed) {
 #ifdef LIBMOE_FAST_AVX512
-  if (has_avx512()) return pack_tile_along_words(tile, rows, packed, T());
+  if (has_avx512()) return pack_tile_in_strip_words(tile, rows, packed, T());
 #endif
-  narrow::pack_tile_along<T>(tile, rows, packed);
+  narrow::pack_tile_in_strip<T>(tile, rows, packed);
 }
 
 template <typename T>
-void pack_tile_across(const float* tile, int rows, uint32_t* packed) {
+void pack_tile_in_panel(const float* tile, int rows, uint32_t* packed) {
 #ifdef LIBMOE_FAST_AVX512
-  if (has_avx512()) return pack_tile_across_words(tile, rows, packed, T());
+  if (has_avx512()) return pack_tile_in_panel_words(tile, rows, packed, T());
 #endif
-  narrow::pack_tile_across<T>(tile, rows, packed);
+  narrow::pack_tile_in_panel<T>(tile, rows, packed);
 }
 
 template <typename T>
-void pack_along(const T* const* rows, int count, int64_t elements, int64_t steps, int width, uint32_t* packed) {
+void pack_strip(const T* const* rows, int count, int64_t elements, int64_t steps, uint32_t* packed) {
 #ifdef LIBMOE_FAST_AVX512
-  if (has_avx512()) return pack_rows(rows, count, elements, steps, width, packed);
+  if (has_avx512()) return pack_rows(rows, count, elements, steps, kTileRows, packed);
 #endif
-  narrow::pack_along<T>(rows, count, elements, steps, width, packed);
+  narrow::pack_strip<T>(rows, count, elements, steps, packed);
 }
 
 template <typename T>
-void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, uint32_t* packed) {
-  // Rows that all panels read before the next ones: neighbours in memory. Few, and fetched to the second-level cache: rows
+void pack_panel(const T* const* rows, int count, int64_t elements, int64_t steps, uint32_t* packed) {
+#ifdef LIBMOE_FAST_AVX512
+  if (has_avx512()) return pack_rows(rows, count, elements, steps, kTileColumns, packed);
+#endif
+  narrow::pack_panel<T>(rows, count, elements, steps, packed);
+}
+
+namespace {
+
+// Calls pack(rows, column, count, steps, steps_left, piece, step) for some steps of each piece of `width` columns.
+template <typename T, typename Pack>
+void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, const Pack& pack) {
+  // Rows that all pieces read before the next ones: neighbours in memory. Few, and fetched to the second-level cache: rows
   // a power of two apart all share a dozen places of the first.
   constexpr int64_t kBlockSteps = 8;
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
-    for (int64_t panel = 0; panel * width < columns; ++panel) {
-      const T* const* first = rows + step * kPerWord<T>;
-      const auto count = static_cast<int>(std::min<int64_t>(width, columns - panel * width));
-      const int64_t part = std::min(kBlockSteps, steps - step);
-      uint32_t* words = packed + (panel * steps + step) * width;
-#ifdef LIBMOE_FAST_AVX512
-      if (has_avx512()) {
-        pack_across_words(first, column + panel * width, count, part, steps - step, width, words);
-        continue;
-      }
-#endif
-      narrow::pack_panel_across<T>(first, column + panel * width, count, part, width, words);
+    for (int64_t piece = 0; piece * width < columns; ++piece) {
+      pack(rows + step * per_word<T>(), column + piece * width,
+           static_cast<int>(std::min<int64_t>(width, columns - piece * width)), std::min(kBlockSteps, steps - step),
+           piece, step);
     }
   }
 }
 
-#define LIBMOE_FAST_INSTANTIATE(T)                                                        \
-  template void pack_along<T>(const T* const*, int, int64_t, int64_t, int, uint32_t*);    \
-  template void pack_across<T>(const T* const*, int64_t, int64_t, int64_t, int, uint32_t*); \
-  template void pack_tile_along<T>(const float*, int, uint32_t*);                         \
-  template void pack_tile_across<T>(const float*, int, uint32_t*);
+}  // namespace
+
+template <typename T>
+void pack_strips_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, uint32_t* packed) {
+  pack_across<T>(rows, column, columns, steps, strip_rows(),
+                 [=](const T* const* first, int64_t begin, int count, int64_t part, int64_t strip, int64_t step) {
+    uint32_t* words = packed + strip_words(strip * steps + step);
+#ifdef LIBMOE_FAST_AVX512
+    if (has_avx512()) return pack_across_words(first, begin, count, part, steps - step, kTileRows, words);
+#endif
+    narrow::pack_strip_across<T>(first, begin, count, part, steps - step, words);
+  });
+}
+
+template <typename T>
+void pack_panels_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, uint32_t* packed) {
+  pack_across<T>(rows, column, columns, steps, kTileColumns,
+                 [=](const T* const* first, int64_t begin, int count, int64_t part, int64_t panel, int64_t step) {
+    uint32_t* words = packed + (panel * steps + step) * kTileColumns;
+#ifdef LIBMOE_FAST_AVX512
+    if (has_avx512()) return pack_across_words(first, begin, count, part, steps - step, kTileColumns, words);
+#endif
+    narrow::pack_panel_across<T>(first, begin, count, part, steps - step, words);
+  });
+}
+
+#define LIBMOE_FAST_INSTANTIATE(T)                                                                \
+  template void pack_strip<T>(const T* const*, int, int64_t, int64_t, uint32_t*);                 \
+  template void pack_panel<T>(const T* const*, int, int64_t, int64_t, uint32_t*);                 \
+  template void pack_strips_across<T>(const T* const*, int64_t, int64_t, int64_t, uint32_t*);     \
+  template void pack_panels_across<T>(const T* const*, int64_t, int64_t, int64_t, uint32_t*);     \
+  template void pack_tile_in_strip<T>(const float*, int, uint32_t*);                              \
+  template void pack_tile_in_panel<T>(const float*, int, uint32_t*);
 LIBMOE_FAST_INSTANTIATE(float)
 LIBMOE_FAST_INSTANTIATE(BFloat16)
 

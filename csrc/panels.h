@@ -10,23 +10,27 @@
 
 namespace libmoe_fast {
 
-// Panels of the operand that a task packs for itself stay in the second-level cache.
-constexpr int64_t kPanelBytes = 256 << 10;
+// Panels of the operand that a task packs for itself stay in the second-level cache, which is smaller where there is no
+// AVX-512, and keep half of it free for what is fetched ahead.
+inline int64_t panel_bytes() { return int64_t{has_avx512() ? 256 : 128} << 10; }
 constexpr int64_t kMostPanels = 8;
 
 inline int64_t panels_of(int64_t width) { return divide_up(width, kTileColumns); }
 
+// Steps that a panel of results makes in the next sum.
 template <typename T>
-constexpr int64_t kPanelSteps = kTileColumns / kPerWord<T>;  // steps that a panel of results makes in the next sum
+int64_t panel_steps() {
+  return kTileColumns / per_word<T>();
+}
 
 template <typename T>
 int64_t steps_of(int64_t elements) {
-  return divide_up(elements, kPerWord<T>);
+  return divide_up(elements, per_word<T>());
 }
 
 // Panels that a task can pack and keep in cache.
 inline int64_t cached_panels(int64_t panel_words) {
-  return std::clamp<int64_t>(kPanelBytes / (panel_words * 4), 1, kMostPanels);
+  return std::clamp<int64_t>(panel_bytes() / (panel_words * 4), 1, kMostPanels);
 }
 
 // A part of one unit's panels (or strips), for one task.
@@ -39,17 +43,17 @@ struct Share {
 std::vector<Share> share_out(int64_t units, int64_t panels, int64_t most);
 
 // Words of as many, and of any narrower ones.
-inline int64_t operand_words(int64_t panel_words) { return std::max(kPanelBytes / 4, panel_words); }
+inline int64_t operand_words(int64_t panel_words) { return std::max(panel_bytes() / 4, panel_words); }
 
 // Packs a strip of a unit: its rows of x or dy as the left operand.
 template <typename T>
-void pack_strip(const ExpertInputs<T>& inputs, const Unit& unit, int64_t strip, const T* matrix, int64_t width,
+void pack_unit_strip(const ExpertInputs<T>& inputs, const Unit& unit, int64_t strip, const T* matrix, int64_t width,
                 uint32_t* packed) {
   const int64_t row = unit.row_of(strip), steps = steps_of<T>(width);
   const int rows = unit.rows_of(strip);
   const T* pointers[kTileRows];
   for (int i = 0; i < rows; ++i) pointers[i] = inputs.row_of(matrix, width, row + i);
-  pack_along<T>(pointers, rows, width, steps, kTileRows, packed + (unit.strip + strip) * steps * kTileRows);
+  pack_strip<T>(pointers, rows, width, steps, packed + strip_words((unit.strip + strip) * steps));
 }
 
 // Panels [first, last) of a unit, packed and multiplied together.
@@ -101,12 +105,14 @@ struct NextOperand {
   Ahead during(int64_t call, int64_t calls, int64_t steps) const {
     if (rows == 0 || bytes == 0) return {};
     const int64_t runs = divide_up(rows, steps), parts = divide_up(bytes, kCacheLine) * runs, part = call * parts / calls;
-    return {static_cast<const char*>(data) + part % runs * steps * row_bytes + part / runs * kCacheLine, row_bytes};
+    const int64_t first = divide_up(part * calls, parts), end = std::max(first + 1, divide_up((part + 1) * calls, parts));
+    return {static_cast<const char*>(data) + part % runs * steps * row_bytes + part / runs * kCacheLine, row_bytes,
+            call - first, end - first};
   }
 };
 
 // Calls finish(place, strip, panel) for every tile of a unit's rows and a block of panels, while the next one is fetched.
-// With `rows`, `right` is not packed yet: the first strip packs it from them, as pack_across would.
+// With `rows`, `right` is not packed yet: the first strip packs it from them, as pack_panels_across would.
 template <typename T, typename Finish>
 void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, uint32_t* right, const PanelBlock& block,
                    int64_t width, float* tile, const Finish& finish, const NextOperand& next,
@@ -114,7 +120,7 @@ void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, uint32
   const int64_t calls = unit.strips * (block.last - block.first);
   int64_t call = 0;
   for (int64_t strip = 0; strip < unit.strips; ++strip) {
-    const uint32_t* strip_left = left + (unit.strip + strip) * steps * kTileRows;
+    const uint32_t* strip_left = left + strip_words((unit.strip + strip) * steps);
     for (int64_t panel = block.first; panel < block.last; ++panel) {
       const int64_t column = panel * kTileColumns;
       const TilePlace place{unit.expert, unit.row_of(strip), column, unit.rows_of(strip),

@@ -7,10 +7,15 @@ namespace libmoe_fast {
 namespace {
 
 // Packed rows of one group stay in cache between the step that makes them and the steps that read them, also where
-// neighbours take their share of the last level: 12 MiB cost up to 30% there, and 6 MiB up to 5% where they were one
-// expert's, whose rows all meet each panel of its weights. With 3 MiB the weights are packed more often, which cost 4%.
-// Small experts share a group of 6 MiB, since each group begins cold: 1%.
-constexpr int64_t kUnitBytes = int64_t{4} << 20, kGroupBytes = int64_t{6} << 20;
+// neighbours take their share of the last level: on AVX-512 12 MiB cost up to 30% there, and 6 MiB up to 5% where they were
+// one expert's, whose rows all meet each panel of its weights. With 3 MiB the weights are packed more often, which cost 4%.
+// Small experts share a group of 6 MiB, since each group begins cold: 1%. A slower multiplication asks less of the caches:
+// on AVX2 4 MiB cost 6%, 14 MiB gain nothing.
+struct Sizes {
+  int64_t unit, group;
+};
+Sizes sizes() { return has_avx512() ? Sizes{4 << 20, 6 << 20} : Sizes{8 << 20, 8 << 20}; }
+
 // Rows that meet one packing of the weights: packing costs about 1 / rows of the multiplication.
 constexpr int64_t kMostUnitRows = 1344, kLeastUnitRows = 224;
 
@@ -20,7 +25,7 @@ int64_t rows_in(int64_t bytes, int64_t row_bytes) {
 
 // Splits rows evenly over the fewest tiles.
 int strip_height(int64_t rows) {
-  const int64_t even = divide_up(divide_up(rows, divide_up(rows, best_tile_rows())), 2) * 2;
+  const int64_t even = divide_up(divide_up(rows, divide_up(rows, strip_rows())), 2) * 2;
   return static_cast<int>(even);
 }
 
@@ -44,12 +49,12 @@ void append_rows(Group& group, int64_t expert, int64_t row, int64_t rows, int64_
 }  // namespace
 
 std::vector<Group> make_groups(const int64_t* offsets, int64_t experts, int64_t row_bytes, bool split) {
-  const int64_t unit_rows = rows_in(kUnitBytes, row_bytes), group_rows = rows_in(kGroupBytes, row_bytes);
+  const int64_t unit_rows = rows_in(sizes().unit, row_bytes), group_rows = rows_in(sizes().group, row_bytes);
   std::vector<Group> groups;
   for (int64_t expert = 0; expert < experts; ++expert) {
     const int64_t rows = offsets[expert + 1] - offsets[expert];
     if (rows == 0) continue;
-    const int64_t part = split ? divide_up(divide_up(rows, divide_up(rows, unit_rows)), kTileRows) * kTileRows : rows;
+    const int64_t part = split ? divide_up(divide_up(rows, divide_up(rows, unit_rows)), strip_rows()) * strip_rows() : rows;
     for (int64_t begin = 0; begin < rows; begin += part) {
       const int64_t count = std::min(part, rows - begin);
       if (groups.empty() || groups.back().rows + count > group_rows) groups.emplace_back();

@@ -14,7 +14,8 @@ namespace libmoe_fast {
 
 namespace {
 
-[[maybe_unused]] constexpr int64_t kFewRows = 128, kManyExperts = 16;
+// Of an expert.
+[[maybe_unused]] constexpr int64_t kFewRows = 512, kManyExperts = 16;
 
 enum class Gemm { best, torch, tiles };
 
@@ -32,14 +33,16 @@ Gemm demanded() {
 
 }  // namespace
 
-bool tiles_pay([[maybe_unused]] ScalarType dtype, [[maybe_unused]] int64_t choices, [[maybe_unused]] int64_t experts) {
+bool tiles_pay([[maybe_unused]] Pass pass, [[maybe_unused]] ScalarType dtype, [[maybe_unused]] int64_t choices,
+               [[maybe_unused]] int64_t experts) {
   const Gemm gemm = demanded();
   if (!has_narrow() || gemm == Gemm::torch) return false;
 #ifdef LIBMOE_FAST_AVX512
   if (!has_avx512()) {
-    // torch's mm takes fp32, into which bf16 is converted for it, as fast as 16 registers allow, but packs the weights
-    // again for each expert: many of them, or with few rows, are faster in tiles.
-    return gemm == Gemm::tiles || choices < kFewRows * experts || experts >= kManyExperts;
+    // torch's mm multiplies as fast, but fp32 only, and packs the weights again for each expert. Where many rows meet
+    // them, its products of many shapes are some percent faster in backward, and slower in forward.
+    const bool many_rows = choices >= kFewRows * experts && experts < kManyExperts;
+    return gemm == Gemm::tiles || dtype != ScalarType::Float || pass == Pass::forward || !many_rows;
   }
   const bool bf16 = dtype == ScalarType::BFloat16;
   // AMX multiplies bf16 many times faster than AVX-512, and oneDNN, behind torch's mm, uses it.
@@ -50,8 +53,6 @@ bool tiles_pay([[maybe_unused]] ScalarType dtype, [[maybe_unused]] int64_t choic
   return gemm == Gemm::tiles;
 #endif
 }
-
-int best_tile_rows() { return has_avx512() ? kTileRows : 12; }
 
 #ifdef LIBMOE_FAST_AVX512
 
@@ -157,7 +158,7 @@ void multiply_in_parts(int rows, int64_t steps, const uint32_t* left, const Righ
     const auto right = right_from(done);
     kMultiply<T, std::decay_t<decltype(right)>>[(rows - 1) / 2](
         std::min(kStepsPerSum, steps - done), left + done * kTileRows, right, tile, done > 0,
-        {ahead.data + done * ahead.bytes_per_step, ahead.bytes_per_step}, T());
+        ahead.after(done), T());
   }
 }
 
@@ -173,7 +174,7 @@ void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t
     return multiply_in_parts<T>(rows, steps, left, right_from, tile, ahead);
   }
 #endif
-  narrow::multiply_tile<T>(rows, steps, left, right, tile, ahead);
+  narrow::multiply_tile(rows, steps, left, right, tile, ahead);
 }
 
 template <typename T>

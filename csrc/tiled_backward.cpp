@@ -12,12 +12,15 @@ namespace libmoe_fast {
 
 namespace {
 
-// What a slice keeps of g: dz twice, packed and not, and a. Slices are whole strips of dW1 as well: of kStripPanels panels.
-// Not too many: each adds its part to the sums of dx, which with many rows are in no cache. One, which needs no sums, where
-// it fits: with few rows per expert that is worth 3%.
+// What a slice keeps of g: dz twice, packed and not, and a. Not too many: each adds its part to the sums of dx, which with
+// many rows are in no cache. One, which needs no sums, where it fits: with few rows per expert that is worth 3%.
 constexpr int64_t kOneSliceBytes = int64_t{14} << 20, kSliceBytes = int64_t{8} << 20, kMostSlices = 4;
-constexpr int64_t kStripPanels = 7;
-static_assert(kStripPanels * kTileColumns % kTileRows == 0);
+
+// Slices are whole strips of dW1 as well: multiples of so many panels.
+int64_t whole_strips() {
+  static_assert(7 * kTileColumns % kTileRows == 0 && 3 * kTileColumns % kNarrowRows == 0);
+  return strip_rows() == kTileRows ? 7 : 3;
+}
 
 // Of the sum of a weight gradient over an expert's rows, done at a time: their panels stay in the second-level cache.
 constexpr int64_t kMostRowSteps = 1024;
@@ -42,7 +45,7 @@ class Backward {
         dy_(dy),
         z_(z),
         out_(gradients),
-        groups_(make_groups(inputs.offsets, inputs.experts, (inputs.out + inputs.up) * sizeof(T), false)),
+        groups_(make_groups(inputs.offsets, inputs.experts, (inputs.out + inputs.up) * packed_bytes<T>(), false)),
         hidden_panels_(panels_of(inputs.hidden)),
         in_panels_(panels_of(inputs.in)),
         dy_steps_(steps_of<T>(inputs.out)),
@@ -69,16 +72,16 @@ class Backward {
   bool weight_grads() const { return out_.dw1 != nullptr; }
   bool sliced() const { return slice_panels_ < hidden_panels_; }
   int64_t dz_width() const { return sides_ * slice_panels_ * kTileColumns; }  // of a row of dz in a slice
-  int64_t dz_steps(const Slice& slice) const { return sides_ * slice.panels() * kPanelSteps<T>; }
+  int64_t dz_steps(const Slice& slice) const { return sides_ * slice.panels() * panel_steps<T>(); }
 
   // Slices of about the same size.
   int64_t panels_per_slice() const {
     const int64_t rows = largest(groups_, [](const Group& group) { return group.padded_rows; });
-    const int64_t panel_bytes = rows * kTileColumns * static_cast<int64_t>(sizeof(T)) * (2 * sides_ + 1);
-    const int64_t bytes = hidden_panels_ * panel_bytes;
+    const int64_t value_bytes = sides_ * (packed_bytes<T>() + static_cast<int64_t>(sizeof(T))) + packed_bytes<T>();
+    const int64_t bytes = rows * hidden_panels_ * kTileColumns * value_bytes;
     const int64_t slices = bytes <= kOneSliceBytes ? 1 : std::min(divide_up(bytes, kSliceBytes), kMostSlices);
     const int64_t panels = divide_up(hidden_panels_, slices);
-    return std::min(hidden_panels_, divide_up(panels, kStripPanels) * kStripPanels);
+    return std::min(hidden_panels_, divide_up(panels, whole_strips()) * whole_strips());
   }
 
   ScratchPlan plan() {
@@ -90,25 +93,25 @@ class Backward {
     const int64_t units = largest(groups_, [](const Group& group) { return group.units.size(); });
     const int64_t workers = torch::stable::get_num_threads();
     const int64_t kept = weight_grads() ? padded : 0;
-    dys_ = plan.add<uint32_t>(strips * dy_steps_ * kTileRows);
-    dz_left_ = plan.add<uint32_t>(strips * most_steps * kTileRows);
+    dys_ = plan.add<uint32_t>(strip_words(strips * dy_steps_));
+    dz_left_ = plan.add<uint32_t>(strip_words(strips * most_steps));
     dz_ = plan.add<T>((weight_grads() ? rows : 0) * dz_width());
-    a_right_ = plan.add<uint32_t>(kept / kPerWord<T> * slice_panels_ * kTileColumns);
+    a_right_ = plan.add<uint32_t>(kept / per_word<T>() * slice_panels_ * kTileColumns);
     dx_sums_ = plan.add<float>((sliced() ? rows : 0) * in_.in);
-    xs_right_ = plan.add<uint32_t>(kept / kPerWord<T> * in_panels_ * kTileColumns);
+    xs_right_ = plan.add<uint32_t>(kept / per_word<T>() * in_panels_ * kTileColumns);
     dots_ = plan.add<float>(hidden_panels_ * rows);
     totals_ = plan.add<float>(rows);
     sums_ = plan.add<float>(units * hidden_panels_ * 2 * kTileColumns);
     dy_rows_ = plan.add<const T*>(padded);
     x_rows_ = plan.add<const T*>(padded);
     dz_rows_ = plan.add<const T*>(padded);
-    const int64_t row_steps = std::min(kMostRowSteps, padded / kPerWord<T>);
-    local_stride_ = operand_words(std::max(std::max(dy_steps_, most_steps) * kTileColumns, row_steps * kTileRows));
+    const int64_t row_steps = std::min(kMostRowSteps, padded / per_word<T>());
+    local_stride_ = operand_words(std::max(std::max(dy_steps_, most_steps) * kTileColumns, strip_words(row_steps)));
     local_ = plan.add<uint32_t>(local_stride_ * workers);
-    const bool in_parts = weight_grads() && padded / kPerWord<T> > kMostRowSteps;
+    const bool in_parts = weight_grads() && padded / per_word<T>() > kMostRowSteps;
     tile_sums_stride_ = in_parts ? kMostPanels * std::max(in_panels_, slice_panels_) * kTileSize : 0;
     tile_sums_ = plan.add<float>(tile_sums_stride_ * workers);
-    local_rows_stride_ = std::max(dy_steps_, most_steps) * kPerWord<T>;
+    local_rows_stride_ = std::max(dy_steps_, most_steps) * per_word<T>();
     local_rows_ = plan.add<const T*>(local_rows_stride_ * workers);
     return plan;
   }
@@ -122,9 +125,9 @@ class Backward {
   const T** local_rows(int64_t worker) const { return at<const T*>(local_rows_) + worker * local_rows_stride_; }
 
   // One expert's part of a right operand that sums over its rows, of `panels` panels.
-  static int64_t span_steps(const ExpertSpan& span) { return span.padded_rows() / kPerWord<T>; }
+  static int64_t span_steps(const ExpertSpan& span) { return span.padded_rows() / per_word<T>(); }
   uint32_t* right_of(size_t offset, const ExpertSpan& span, int64_t panels) const {
-    return at<uint32_t>(offset) + span.padded_row / kPerWord<T> * panels * kTileColumns;
+    return at<uint32_t>(offset) + span.padded_row / per_word<T>() * panels * kTileColumns;
   }
 
   // ----------------------------------------------------------------------------------------------------- rows, packed
@@ -145,15 +148,15 @@ class Backward {
   void pack_rows(const Group& group) {
     TaskRound round;
     add_strips(round, group, [this](const Unit& unit, int64_t strip) {
-      pack_strip<T>(in_, unit, strip, dy_, in_.out, at<uint32_t>(dys_));
+      pack_unit_strip<T>(in_, unit, strip, dy_, in_.out, at<uint32_t>(dys_));
     });
     const int64_t blocks = weight_grads() ? divide_up(in_panels_, kMostPanels) : 0;
     round.add(group.spans.size() * blocks, [&](int64_t task, int64_t, const auto&) {
       const ExpertSpan& span = group.spans[task / blocks];
       const int64_t panel = task % blocks * kMostPanels, column = panel * kTileColumns, steps = span_steps(span);
-      pack_across<T>(at<const T*>(x_rows_) + span.padded_row, column,
-                     std::min(kMostPanels * kTileColumns, in_.in - column), steps, kTileColumns,
-                     right_of(xs_right_, span, in_panels_) + panel * steps * kTileColumns);
+      pack_panels_across<T>(at<const T*>(x_rows_) + span.padded_row, column,
+                            std::min(kMostPanels * kTileColumns, in_.in - column), steps,
+                            right_of(xs_right_, span, in_panels_) + panel * steps * kTileColumns);
     });
     round.run();
   }
@@ -188,7 +191,7 @@ class Backward {
   const T* const* list_w2(int64_t expert, int64_t worker) {
     const T** rows = local_rows(worker);
     const T* weight = in_.second_weight(expert);
-    for (int64_t i = 0; i < dy_steps_ * kPerWord<T>; ++i) rows[i] = i < in_.out ? weight + i * in_.hidden : nullptr;
+    for (int64_t i = 0; i < dy_steps_ * per_word<T>(); ++i) rows[i] = i < in_.out ? weight + i * in_.hidden : nullptr;
     return rows;
   }
 
@@ -197,9 +200,9 @@ class Backward {
   const T* const* unpacked(const T* const* rows, int64_t steps, int64_t width, const PanelBlock& block, int64_t worker) {
     const int64_t column = block.first * kTileColumns, columns = std::min(width, block.last * kTileColumns) - column;
     const bool whole = columns == (block.last - block.first) * kTileColumns &&
-                       std::find(rows, rows + steps * kPerWord<T>, nullptr) == rows + steps * kPerWord<T>;
+                       std::find(rows, rows + steps * per_word<T>(), nullptr) == rows + steps * per_word<T>();
     if (whole) return rows;
-    pack_across<T>(rows, column, columns, steps, kTileColumns, local(worker));
+    pack_panels_across<T>(rows, column, columns, steps, local(worker));
     return nullptr;
   }
 
@@ -217,8 +220,8 @@ class Backward {
       if (in_.gated) keep_dz(group, slice, place, unit.strip + strip, panel, 1, tile.up);
       if (!weight_grads()) return;
       const int64_t steps_before = (panel - slice.first) * span_steps(span) +
-                                   (unit.expert_strip + strip) * unit.height / kPerWord<T>;
-      pack_tile_across<T>(tile.value, place.rows,
+                                   (unit.expert_strip + strip) * unit.height / per_word<T>();
+      pack_tile_in_panel<T>(tile.value, place.rows,
                           right_of(a_right_, span, slice.panels()) + steps_before * kTileColumns);
     }, next, rows);
   }
@@ -231,8 +234,8 @@ class Backward {
   // A tile of dz: packed for dx, and as it is for dW1. Side 0 is the gradient by z, or if gated by gate, side 1 by up.
   void keep_dz(const Group& group, const Slice& slice, const TilePlace& place, int64_t strip, int64_t panel,
                int64_t side, const float* dz) {
-    const int64_t step = (side * slice.panels() + panel - slice.first) * kPanelSteps<T>;
-    pack_tile_along<T>(dz, place.rows, at<uint32_t>(dz_left_) + (strip * dz_steps(slice) + step) * kTileRows);
+    const int64_t step = (side * slice.panels() + panel - slice.first) * panel_steps<T>();
+    pack_tile_in_strip<T>(dz, place.rows, at<uint32_t>(dz_left_) + strip_words(strip * dz_steps(slice) + step));
     if (!weight_grads()) return;
     const int64_t column = side * slice_panels_ * kTileColumns + place.column - slice.begin();
     store_tile<T>(at<T>(dz_) + (place.row - group.row) * dz_width() + column, dz_width(), dz, place.rows,
@@ -318,8 +321,8 @@ class Backward {
   void add_weight_gradient(TaskRound& round, const Group& group, const WeightGradient& gradient) {
     int64_t longest = 0;
     for (const ExpertSpan& span : group.spans) longest = std::max(longest, span_steps(span));
-    const int64_t most = cached_panels(std::min(longest, kMostRowSteps) * kTileRows);
-    const std::vector<Share> shares = share_out(group.spans.size(), divide_up(gradient.height, kTileRows), most);
+    const int64_t most = cached_panels(strip_words(std::min(longest, kMostRowSteps)));
+    const std::vector<Share> shares = share_out(group.spans.size(), divide_up(gradient.height, strip_rows()), most);
     round.add(shares.size(), [this, &group, gradient, shares](int64_t task, int64_t worker, const auto&) {
       const Share& share = shares[task];
       weight_tiles(group.spans[share.unit], gradient, share.begin, share.end, worker);
@@ -342,12 +345,12 @@ class Backward {
   void weight_tiles_part(const ExpertSpan& span, const WeightGradient& gradient, Range strips, Range part,
                          int64_t worker) {
     const int64_t height = gradient.height, width = gradient.width, steps = span_steps(span);
-    const int64_t first_row = strips.first * kTileRows, last_row = std::min(height, strips.last * kTileRows);
+    const int64_t first_row = strips.first * strip_rows(), last_row = std::min(height, strips.last * strip_rows());
     const int64_t part_steps = part.last - part.first;
     const bool starts = part.first == 0, ends = part.last == steps;
     uint32_t* left = local(worker);
-    const T* const* rows = at<const T*>(gradient.left_rows) + span.padded_row + part.first * kPerWord<T>;
-    pack_across<T>(rows, gradient.left_column + first_row, last_row - first_row, part_steps, kTileRows, left);
+    const T* const* rows = at<const T*>(gradient.left_rows) + span.padded_row + part.first * per_word<T>();
+    pack_strips_across<T>(rows, gradient.left_column + first_row, last_row - first_row, part_steps, left);
     const uint32_t* right = right_of(gradient.right, span, panels_of(width)) + part.first * kTileColumns;
     const int64_t stride = gradient.target.row_size;
     T* target = gradient.target.first + span.expert * gradient.target.expert_size;
@@ -356,12 +359,12 @@ class Backward {
     // As many panels as stay in cache; a strip meets them one after the other, so that its rows of dW, which come from
     // memory, are written along.
     const int64_t panels = panels_of(width);
-    const int64_t cached = std::max<int64_t>(1, kPanelBytes / (part_steps * kTileColumns * 4));
+    const int64_t cached = std::max<int64_t>(1, panel_bytes() / (part_steps * kTileColumns * 4));
     for (int64_t begin = 0; begin < panels; begin += cached) {
       for (int64_t strip = strips.first; strip < strips.last; ++strip) {
-        const uint32_t* strip_left = left + (strip - strips.first) * part_steps * kTileRows;
-        const int64_t row = strip * kTileRows;
-        const int count = tile_extent(height, row, kTileRows);
+        const uint32_t* strip_left = left + strip_words((strip - strips.first) * part_steps);
+        const int64_t row = strip * strip_rows();
+        const int count = tile_extent(height, row, strip_rows());
         for (int64_t panel = begin; panel < std::min(panels, begin + cached); ++panel) {
           multiply_tile<T>(count, part_steps, strip_left, right + panel * steps * kTileColumns, tile);
           float* sum = sums + ((strip - strips.first) * panels + panel) * kTileSize;

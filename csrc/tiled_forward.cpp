@@ -18,7 +18,7 @@ void pack_weight_rows(const T* weight, int64_t rows, int64_t width, int64_t firs
   const T* pointers[kTileColumns] = {};
   const int count = tile_extent(rows, first_row, kTileColumns);
   for (int i = 0; i < count; ++i) pointers[i] = weight + (first_row + i) * width;
-  pack_along<T>(pointers, count, width, steps, kTileColumns, packed);
+  pack_panel<T>(pointers, count, width, steps, packed);
 }
 
 template <typename T>
@@ -28,9 +28,9 @@ class Forward {
       : in_(inputs),
         z_(z),
         y_(y),
-        groups_(make_groups(inputs.offsets, inputs.experts, (inputs.in + inputs.hidden) * sizeof(T), true)),
+        groups_(make_groups(inputs.offsets, inputs.experts, (inputs.in + inputs.hidden) * packed_bytes<T>(), true)),
         in_steps_(steps_of<T>(inputs.in)),
-        hidden_steps_(panels_of(inputs.hidden) * kPanelSteps<T>),
+        hidden_steps_(panels_of(inputs.hidden) * panel_steps<T>()),
         scratch_(plan()) {}
 
   void run() {
@@ -51,8 +51,8 @@ class Forward {
   ScratchPlan plan() {
     ScratchPlan plan;
     const int64_t strips = largest(groups_, [](const Group& group) { return group.strips; });
-    tokens_ = plan.add<uint32_t>(strips * in_steps_ * kTileRows);
-    activations_ = plan.add<uint32_t>(strips * hidden_steps_ * kTileRows);
+    tokens_ = plan.add<uint32_t>(strip_words(strips * in_steps_));
+    activations_ = plan.add<uint32_t>(strip_words(strips * hidden_steps_));
     outputs_ = plan.add<T>(in_.choices * in_.out);
     local_stride_ = operand_words(std::max(in_steps_ * (in_.gated ? 2 : 1), hidden_steps_) * kTileColumns);
     local_ = plan.add<uint32_t>(local_stride_ * torch::stable::get_num_threads());
@@ -63,7 +63,7 @@ class Forward {
 
   void pack_tokens(TaskRound& round, const Group& group) {
     add_strips(round, group, [this](const Unit& unit, int64_t strip) {
-      pack_strip<T>(in_, unit, strip, in_.x, in_.in, scratch_.template at<uint32_t>(tokens_));
+      pack_unit_strip<T>(in_, unit, strip, in_.x, in_.in, scratch_.template at<uint32_t>(tokens_));
     });
   }
 
@@ -108,12 +108,12 @@ class Forward {
                      [&](const TilePlace& place, int64_t strip, int64_t panel) {
       const int64_t number = unit.strip + strip;
       if (in_.gated) {
-        multiply_tile<T>(place.rows, in_steps_, tokens + number * in_steps_ * kTileRows,
+        multiply_tile<T>(place.rows, in_steps_, tokens + strip_words(number * in_steps_),
                          up_right + (panel - block.first) * in_steps_ * kTileColumns, up);
       }
       finish_hidden<T>(in_, place, z_, gate, up);
-      pack_tile_along<T>(gate, place.rows,
-                         activations + (number * hidden_steps_ + panel * kPanelSteps<T>) * kTileRows);
+      pack_tile_in_strip<T>(gate, place.rows,
+                            activations + strip_words(number * hidden_steps_ + panel * panel_steps<T>()));
     }, next);
   }
 

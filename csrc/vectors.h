@@ -8,35 +8,35 @@
 #include <cstdint>
 #include <utility>
 
+#include "dtypes.h"
+
 #ifdef __x86_64__
 #include <immintrin.h>
-#define LIBMOE_FAST_VECTORS __attribute__((target("avx2,fma")))
 #else
 #include <arm_neon.h>
-#define LIBMOE_FAST_VECTORS
 #endif
 
 namespace libmoe_fast::narrow {
+
+// Rows that are multiplied at a time. AVX2 has 16 registers, for 12 sums, 2 right operands and 1 left; NEON 32 of half the
+// size, for 24, 4 and 2.
+constexpr int kMostRows = 6;
 
 #ifdef __x86_64__
 
 using Words = __m256i;
 using Floats = __m256;
 
-// Rows that are multiplied at a time: 12 sums, 2 right words and 1 left, in 16 registers.
-template <typename T>
-constexpr int kMostRows = 6;
-
-LIBMOE_FAST_VECTORS inline Words load_words(const void* words) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(words));
+// Eight values, in fp32.
+LIBMOE_FAST_VECTORS inline Words load_values(const float* values) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+}
+LIBMOE_FAST_VECTORS inline Words load_values(const BFloat16* values) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  return _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
 }
 LIBMOE_FAST_VECTORS inline Words no_words() { return _mm256_setzero_si256(); }
 LIBMOE_FAST_VECTORS inline Floats as_floats(Words words) { return _mm256_castsi256_ps(words); }
-// The two values of each bf16 word.
-LIBMOE_FAST_VECTORS inline Floats first_value(Words words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
-LIBMOE_FAST_VECTORS inline Floats second_value(Words words) {
-  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
-}
 
 LIBMOE_FAST_VECTORS inline Floats zeros() { return _mm256_setzero_ps(); }
 LIBMOE_FAST_VECTORS inline Floats load_floats(const float* values) { return _mm256_loadu_ps(values); }
@@ -54,11 +54,21 @@ LIBMOE_FAST_VECTORS inline void add_products(Floats (&sum)[kRows][2], const floa
   }
 }
 
-// The first `count` words: 8, or 6, which is what is left of a left operand.
-LIBMOE_FAST_VECTORS inline void store_words(uint32_t* packed, int count, Words words) {
-  if (count == 8) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), words);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(words));
-  _mm_storeu_si64(packed + 4, _mm256_extracti128_si256(words, 1));
+LIBMOE_FAST_VECTORS inline void store_words(uint32_t* packed, Words words) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), words);
+}
+LIBMOE_FAST_VECTORS inline void store_four(float* values, Floats floats) {
+  _mm_storeu_ps(values, _mm256_castps256_ps128(floats));
+}
+
+// fp32 values as bf16 rounds them: to nearest, ties to even, any NaN to one.
+LIBMOE_FAST_VECTORS inline Words round_to_bf16(Words bits) {
+  const Words odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const Words up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const Words high = _mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+  const Floats value = _mm256_castsi256_ps(bits);
+  const Words nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc00000), nan);
 }
 
 // 8 x 8 words: row i of `block` becomes column i.
@@ -92,23 +102,16 @@ struct Floats {
   float32x4_t low, high;
 };
 
-// Rows that are multiplied at a time: 24 registers of sums, 4 of right words and 2 of left values, of 32. Words of bf16 need
-// room for their values.
-template <typename T>
-constexpr int kMostRows = sizeof(T) == 4 ? 6 : 5;
-
-inline Words load_words(const void* words) {
-  const auto* bytes = static_cast<const uint8_t*>(words);  // rows of bf16 begin at any two bytes
-  return {vreinterpretq_u32_u8(vld1q_u8(bytes)), vreinterpretq_u32_u8(vld1q_u8(bytes + 16))};
+// Eight values, in fp32.
+inline Words load_values(const float* values) {
+  return {vreinterpretq_u32_f32(vld1q_f32(values)), vreinterpretq_u32_f32(vld1q_f32(values + 4))};
+}
+inline Words load_values(const BFloat16* values) {
+  const uint16x8_t halves = vld1q_u16(reinterpret_cast<const uint16_t*>(values));
+  return {vshll_n_u16(vget_low_u16(halves), 16), vshll_n_u16(vget_high_u16(halves), 16)};
 }
 inline Words no_words() { return {vdupq_n_u32(0), vdupq_n_u32(0)}; }
 inline Floats as_floats(Words words) { return {vreinterpretq_f32_u32(words.low), vreinterpretq_f32_u32(words.high)}; }
-// The two values of each bf16 word.
-inline Floats first_value(Words words) { return as_floats({vshlq_n_u32(words.low, 16), vshlq_n_u32(words.high, 16)}); }
-inline Floats second_value(Words words) {
-  const uint32x4_t mask = vdupq_n_u32(0xffff0000);
-  return as_floats({vandq_u32(words.low, mask), vandq_u32(words.high, mask)});
-}
 
 inline Floats zeros() { return {vdupq_n_f32(0), vdupq_n_f32(0)}; }
 inline Floats load_floats(const float* values) { return {vld1q_f32(values), vld1q_f32(values + 4)}; }
@@ -140,12 +143,21 @@ inline void add_products(Floats (&sum)[kRows][2], const float* left, Floats righ
   add_rows(sum, lanes, right0, right1, std::make_integer_sequence<int, kRows>());
 }
 
-// The first `count` words: 8, or 6, which is what is left of a left operand.
-inline void store_words(uint32_t* packed, int count, Words words) {
+inline void store_words(uint32_t* packed, Words words) {
   vst1q_u32(packed, words.low);
-  if (count == 8) return vst1q_u32(packed + 4, words.high);
-  vst1_u32(packed + 4, vget_low_u32(words.high));
+  vst1q_u32(packed + 4, words.high);
 }
+inline void store_four(float* values, Floats floats) { vst1q_f32(values, floats.low); }
+
+// fp32 values as bf16 rounds them: to nearest, ties to even, any NaN to one.
+inline uint32x4_t round_to_bf16(uint32x4_t bits) {
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint32x4_t high = vandq_u32(up, vdupq_n_u32(0xffff0000));
+  const float32x4_t value = vreinterpretq_f32_u32(bits);
+  return vbslq_u32(vceqq_f32(value, value), high, vdupq_n_u32(0x7fc00000));
+}
+inline Words round_to_bf16(Words bits) { return {round_to_bf16(bits.low), round_to_bf16(bits.high)}; }
 
 // 4 x 4 words: row i of the four becomes column i.
 inline void transpose(uint32x4_t& a, uint32x4_t& b, uint32x4_t& c, uint32x4_t& d) {
