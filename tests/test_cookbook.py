@@ -95,18 +95,14 @@ def here(folder, tmp_path, monkeypatch):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """A group of this process alone, as torchrun would make it."""
+    """A group of this process alone, as torchrun would make it. It stays, for other files too: DeepSpeed keeps it."""
     import torch.distributed as dist
 
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    made = not dist.is_initialized()
-    if made:
+    if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if made:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("title", PAGES)

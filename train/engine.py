@@ -31,9 +31,11 @@ def start_processes() -> None:
         # Gloo does all that training needs; DeepSpeed's shared-memory collectives (for inference) take 30 s to build.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized():
+        if dist.get_world_size() == 1:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         return
     if not _launched():
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
+        os.environ["LOCAL_RANK"] = "0"
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed()
