@@ -223,7 +223,7 @@ void pack_panel(const T* const* rows, int count, int64_t elements, int64_t steps
 
 namespace {
 
-// Calls pack(rows, column, count, steps, steps_left, piece, step) for some steps of each piece of `width` columns.
+// Calls pack(rows, column, count, steps, piece, step) for a few steps, from `step` on, of each piece of `width` columns.
 template <typename T, typename Pack>
 void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, const Pack& pack) {
   // Rows that all pieces read before the next ones: neighbours in memory. Few, and fetched to the second-level cache: rows

@@ -39,8 +39,8 @@ bool tiles_pay([[maybe_unused]] Pass pass, [[maybe_unused]] ScalarType dtype, [[
   if (!has_narrow() || gemm == Gemm::torch) return false;
 #ifdef LIBMOE_FAST_AVX512
   if (!has_avx512()) {
-    // torch's mm multiplies as fast, but fp32 only, and packs the weights again for each expert. Where many rows meet
-    // them, its products of many shapes are some percent faster in backward, and slower in forward.
+    // torch's mm multiplies fp32 as fast, but packs the weights of each expert again. Where many rows meet them it gains
+    // some percent in backward, and loses some in forward.
     const bool many_rows = choices >= kFewRows * experts && experts < kManyExperts;
     return gemm == Gemm::tiles || dtype != ScalarType::Float || pass == Pass::forward || !many_rows;
   }
