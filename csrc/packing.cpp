@@ -223,17 +223,26 @@ void pack_panel(const T* const* rows, int count, int64_t elements, int64_t steps
 
 namespace {
 
-// Calls pack(rows, column, count, steps, piece, step) for a few steps, from `step` on, of each piece of `width` columns.
-template <typename T, typename Pack>
-void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, const Pack& pack) {
+// Strips or panels of `width` columns, with what packs a few steps of one without AVX-512.
+template <typename T>
+void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, uint32_t* packed,
+                 void (*narrow_pack)(const T* const*, int64_t, int, int64_t, int64_t, uint32_t*)) {
   // Rows that all pieces read before the next ones: neighbours in memory. Few, and fetched to the second-level cache: rows
   // a power of two apart all share a dozen places of the first.
   constexpr int64_t kBlockSteps = 8;
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
+    const T* const* first = rows + step * per_word<T>();
+    const int64_t part = std::min(kBlockSteps, steps - step);
     for (int64_t piece = 0; piece * width < columns; ++piece) {
-      pack(rows + step * per_word<T>(), column + piece * width,
-           static_cast<int>(std::min<int64_t>(width, columns - piece * width)), std::min(kBlockSteps, steps - step),
-           piece, step);
+      const auto count = static_cast<int>(std::min<int64_t>(width, columns - piece * width));
+      uint32_t* words = packed + (piece * steps + step) * width;
+#ifdef LIBMOE_FAST_AVX512
+      if (has_avx512()) {
+        pack_across_words(first, column + piece * width, count, part, steps - step, width, words);
+        continue;
+      }
+#endif
+      narrow_pack(first, column + piece * width, count, part, steps - step, words);
     }
   }
 }
@@ -242,26 +251,12 @@ void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t 
 
 template <typename T>
 void pack_strips_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, uint32_t* packed) {
-  pack_across<T>(rows, column, columns, steps, strip_rows(),
-                 [=](const T* const* first, int64_t begin, int count, int64_t part, int64_t strip, int64_t step) {
-    uint32_t* words = packed + strip_words(strip * steps + step);
-#ifdef LIBMOE_FAST_AVX512
-    if (has_avx512()) return pack_across_words(first, begin, count, part, steps - step, kTileRows, words);
-#endif
-    narrow::pack_strip_across<T>(first, begin, count, part, steps - step, words);
-  });
+  pack_across<T>(rows, column, columns, steps, strip_rows(), packed, narrow::pack_strip_across<T>);
 }
 
 template <typename T>
 void pack_panels_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, uint32_t* packed) {
-  pack_across<T>(rows, column, columns, steps, kTileColumns,
-                 [=](const T* const* first, int64_t begin, int count, int64_t part, int64_t panel, int64_t step) {
-    uint32_t* words = packed + (panel * steps + step) * kTileColumns;
-#ifdef LIBMOE_FAST_AVX512
-    if (has_avx512()) return pack_across_words(first, begin, count, part, steps - step, kTileColumns, words);
-#endif
-    narrow::pack_panel_across<T>(first, begin, count, part, steps - step, words);
-  });
+  pack_across<T>(rows, column, columns, steps, kTileColumns, packed, narrow::pack_panel_across<T>);
 }
 
 #define LIBMOE_FAST_INSTANTIATE(T)                                                                \

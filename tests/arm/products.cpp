@@ -26,8 +26,8 @@ void check(const char* what, int rows, int64_t depth, const std::vector<T>& left
         size += std::fabs(term);
       }
       const double error = std::fabs(tile[i * kTileColumns + j] - exact);
-      // A sum of n terms in float32: sqrt(n) roundings of half a unit, in a chain of at most 512; with a margin of 4.
-      if (!(error <= 4 * std::sqrt(512.0) * size * 0x1p-24)) {
+      // A sum of n terms in float32: sqrt(n) roundings of half a unit, in a chain of at most 512; with a margin of 2.8.
+      if (!(error <= 2.8 * std::sqrt(512.0) * size * 0x1p-24)) {
         std::printf("%s: rows %d, depth %d, at %d, %d: %g, expected %g\n", what, rows, int(depth), i, j,
                     double(tile[i * kTileColumns + j]), exact);
         ++wrong;

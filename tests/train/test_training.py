@@ -25,7 +25,7 @@ from libmoe_fast.multiscale import scales_of
 from libmoe_fast.train import loop, state
 from libmoe_fast.train.chat import TEMPLATES
 from libmoe_fast.train.data import ConversationDataset, make_collator
-from libmoe_fast.train.engine import learning_rate
+from libmoe_fast.train.engine import learning_rate, start_processes
 from libmoe_fast.train.loop import train
 from libmoe_fast.train.model import build_model, image_tokens
 from libmoe_fast.train.sampler import ModalityLengthSampler
@@ -38,6 +38,14 @@ def base(tmp_path_factory, model, images):
     folder = tmp_path_factory.mktemp("runs") / "base"
     train(make_config(folder, model, images))
     return folder
+
+
+def test_a_group_that_was_there_before(monkeypatch):
+    """In a notebook, or left by other code: DeepSpeed insists on a variable that only a launcher sets."""
+    start_processes()
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    start_processes()
+    assert os.environ["LOCAL_RANK"] == "0"
 
 
 def final_weights(folder):
