@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> cpu_experts(const Tensor& x, const std::optional<Tens
     const ExpertInputs<T> inputs = arguments.inputs<T>();
     T* kept = store_z ? z.mutable_data_ptr<T>() : nullptr;
     if constexpr (kHasTiles<T>) {
-      if (tiles_pay(Pass::forward, x.scalar_type(), arguments.choices(), w1.size(0))) {
+      if (tiles_pay(x.scalar_type())) {
         return forward_in_tiles<T>(inputs, kept, y.mutable_data_ptr<T>());
       }
     }
@@ -212,7 +212,7 @@ std::vector<Tensor> cpu_experts_backward(const Tensor& dy, const Tensor& x, cons
     const T *dy_rows = grad.const_data_ptr<T>(), *z_rows = hidden.const_data_ptr<T>();
     bool in_tiles = false;
     if constexpr (kHasTiles<T>) {
-      in_tiles = tiles_pay(Pass::backward, x.scalar_type(), arguments.choices(), w1.size(0));
+      in_tiles = tiles_pay(x.scalar_type());
       if (in_tiles) backward_in_tiles<T>(inputs, dy_rows, z_rows, gradients);
     }
     if (!in_tiles) backward_with_mm<T>(inputs, dy_rows, z_rows, gradients);

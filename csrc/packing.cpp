@@ -190,19 +190,19 @@ LIBMOE_FAST_AVX512 void pack_tile_in_panel_words(const float* tile, int rows, ui
 #endif
 
 template <typename T>
-void pack_tile_in_strip(const float* tile, int rows, uint32_t* packed) {
+void pack_tile_in_strip(const float* tile, int rows, int64_t step, int64_t steps, uint32_t* packed) {
 #ifdef LIBMOE_FAST_AVX512
-  if (has_avx512()) return pack_tile_in_strip_words(tile, rows, packed, T());
+  if (has_avx512()) return pack_tile_in_strip_words(tile, rows, packed + step * kTileRows, T());
 #endif
-  narrow::pack_tile_in_strip<T>(tile, rows, packed);
+  narrow::pack_tile_in_strip<T>(tile, rows, step, steps, packed);
 }
 
 template <typename T>
-void pack_tile_in_panel(const float* tile, int rows, uint32_t* packed) {
+void pack_tile_in_panel(const float* tile, int rows, int64_t step, int64_t steps, uint32_t* packed) {
 #ifdef LIBMOE_FAST_AVX512
-  if (has_avx512()) return pack_tile_in_panel_words(tile, rows, packed, T());
+  if (has_avx512()) return pack_tile_in_panel_words(tile, rows, packed + step * kTileColumns, T());
 #endif
-  narrow::pack_tile_in_panel<T>(tile, rows, packed);
+  narrow::pack_tile_in_panel<T>(tile, rows, step, steps, packed);
 }
 
 template <typename T>
@@ -226,23 +226,23 @@ namespace {
 // Strips or panels of `width` columns, with what packs a few steps of one without AVX-512.
 template <typename T>
 void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, uint32_t* packed,
-                 void (*narrow_pack)(const T* const*, int64_t, int, int64_t, int64_t, uint32_t*)) {
+                 void (*narrow_pack)(const T* const*, int64_t, int, int64_t, int64_t, int64_t, uint32_t*)) {
   // Rows that all pieces read before the next ones: neighbours in memory. Few, and fetched to the second-level cache: rows
   // a power of two apart all share a dozen places of the first.
   constexpr int64_t kBlockSteps = 8;
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
-    const T* const* first = rows + step * per_word<T>();
-    const int64_t part = std::min(kBlockSteps, steps - step);
+    const int64_t end = std::min(steps, step + kBlockSteps);
     for (int64_t piece = 0; piece * width < columns; ++piece) {
       const auto count = static_cast<int>(std::min<int64_t>(width, columns - piece * width));
-      uint32_t* words = packed + (piece * steps + step) * width;
+      uint32_t* words = packed + piece * steps * width;
 #ifdef LIBMOE_FAST_AVX512
       if (has_avx512()) {
-        pack_across_words(first, column + piece * width, count, part, steps - step, width, words);
+        pack_across_words(rows + step * kPerWord<T>, column + piece * width, count, end - step, steps - step, width,
+                          words + step * width);
         continue;
       }
 #endif
-      narrow_pack(first, column + piece * width, count, part, steps - step, words);
+      narrow_pack(rows, column + piece * width, count, step, end, steps, words);
     }
   }
 }
@@ -264,8 +264,8 @@ void pack_panels_across(const T* const* rows, int64_t column, int64_t columns, i
   template void pack_panel<T>(const T* const*, int, int64_t, int64_t, uint32_t*);                 \
   template void pack_strips_across<T>(const T* const*, int64_t, int64_t, int64_t, uint32_t*);     \
   template void pack_panels_across<T>(const T* const*, int64_t, int64_t, int64_t, uint32_t*);     \
-  template void pack_tile_in_strip<T>(const float*, int, uint32_t*);                              \
-  template void pack_tile_in_panel<T>(const float*, int, uint32_t*);
+  template void pack_tile_in_strip<T>(const float*, int, int64_t, int64_t, uint32_t*);            \
+  template void pack_tile_in_panel<T>(const float*, int, int64_t, int64_t, uint32_t*);
 LIBMOE_FAST_INSTANTIATE(float)
 LIBMOE_FAST_INSTANTIATE(BFloat16)
 

@@ -2,8 +2,8 @@
 // strip_rows() rows, the right one in panels of kTileColumns columns.
 //
 // Either is a sequence of steps; a step holds one 32-bit word for each row of a strip or column of a panel: one fp32 value,
-// or two bf16 values that follow each other in the sum. Without instructions that multiply bf16 it is in fp32, too:
-// converted once, for all that it meets.
+// or two bf16 values that follow each other in the sum. Without AVX-512 bf16 is packed in fp32, too: converted once, for
+// all that it meets; and a strip or panel is two pieces (narrow.cpp), each a sequence of all steps.
 #pragma once
 
 #include <cstdint>
@@ -55,11 +55,12 @@ void pack_strips_across(const T* const* rows, int64_t column, int64_t columns, i
 template <typename T>
 void pack_panels_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, uint32_t* packed);
 
-// The same for a tile [kTileRows, kTileColumns] of results, `rows` rows of it, rounded to T on the way: to a strip that
-// sums over its columns, and to steps of a panel that sums over its rows, an even number of them.
+// The same for a tile [kTileRows, kTileColumns] of results, `rows` rows of it, rounded to T on the way: the steps from
+// `step` on, of `steps`, of a strip that sums over its columns, and of a panel that sums over its rows, an even number of
+// them.
 template <typename T>
-void pack_tile_in_strip(const float* tile, int rows, uint32_t* packed);
+void pack_tile_in_strip(const float* tile, int rows, int64_t step, int64_t steps, uint32_t* packed);
 template <typename T>
-void pack_tile_in_panel(const float* tile, int rows, uint32_t* packed);
+void pack_tile_in_panel(const float* tile, int rows, int64_t step, int64_t steps, uint32_t* packed);
 
 }  // namespace libmoe_fast

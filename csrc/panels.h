@@ -130,7 +130,7 @@ void multiply_unit(const Unit& unit, int64_t steps, const uint32_t* left, uint32
       if (strip == 0 && rows != nullptr) {
         multiply_tile_packing<T>(place.rows, steps, strip_left, rows, column, panel_right, tile, ahead);
       } else {
-        multiply_tile<T>(place.rows, steps, strip_left, panel_right, tile, ahead);
+        multiply_tile<T>(place.rows, steps, strip_left, {panel_right, steps}, tile, ahead);
       }
       finish(place, strip, panel);
     }

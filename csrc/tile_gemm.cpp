@@ -14,9 +14,6 @@ namespace libmoe_fast {
 
 namespace {
 
-// Of an expert.
-[[maybe_unused]] constexpr int64_t kFewRows = 512, kManyExperts = 16;
-
 enum class Gemm { best, torch, tiles };
 
 // The setting is checked on every machine, also where there is no choice.
@@ -33,17 +30,11 @@ Gemm demanded() {
 
 }  // namespace
 
-bool tiles_pay([[maybe_unused]] Pass pass, [[maybe_unused]] ScalarType dtype, [[maybe_unused]] int64_t choices,
-               [[maybe_unused]] int64_t experts) {
+bool tiles_pay([[maybe_unused]] ScalarType dtype) {
   const Gemm gemm = demanded();
   if (!has_narrow() || gemm == Gemm::torch) return false;
 #ifdef LIBMOE_FAST_AVX512
-  if (!has_avx512()) {
-    // torch's mm multiplies fp32 as fast, but packs the weights of each expert again. Where many rows meet them it gains
-    // some percent in backward, and loses some in forward.
-    const bool many_rows = choices >= kFewRows * experts && experts < kManyExperts;
-    return gemm == Gemm::tiles || dtype != ScalarType::Float || pass == Pass::forward || !many_rows;
-  }
+  if (!has_avx512()) return true;
   const bool bf16 = dtype == ScalarType::BFloat16;
   // AMX multiplies bf16 many times faster than AVX-512, and oneDNN, behind torch's mm, uses it.
   const bool faster = !bf16 || !__builtin_cpu_supports("amx-bf16");
@@ -153,7 +144,7 @@ constexpr Multiply<T, Right> kMultiply[] = {multiply<2, Right>,  multiply<4, Rig
 // right_from(step): the right operand from a step on.
 template <typename T, typename RightFrom>
 void multiply_in_parts(int rows, int64_t steps, const uint32_t* left, const RightFrom& right_from, float* tile,
-                       Ahead ahead) {
+                       const Ahead& ahead) {
   for (int64_t done = 0; done < steps; done += kStepsPerSum) {
     const auto right = right_from(done);
     kMultiply<T, std::decay_t<decltype(right)>>[(rows - 1) / 2](
@@ -167,10 +158,12 @@ void multiply_in_parts(int rows, int64_t steps, const uint32_t* left, const Righ
 #endif
 
 template <typename T>
-void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead) {
+void multiply_tile(int rows, int64_t steps, const uint32_t* left, const Panel& right, float* tile, const Ahead& ahead) {
 #ifdef LIBMOE_FAST_AVX512
   if (has_avx512()) {
-    const auto right_from = [=](int64_t step) { return PackedRight<T>{right + step * kTileColumns}; };
+    const auto right_from = [&](int64_t step) {
+      return PackedRight<T>{right.words + (right.first + step) * kTileColumns};
+    };
     return multiply_in_parts<T>(rows, steps, left, right_from, tile, ahead);
   }
 #endif
@@ -179,7 +172,7 @@ void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t
 
 template <typename T>
 void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const T* const* right, int64_t column,
-                           uint32_t* packed, float* tile, Ahead ahead) {
+                           uint32_t* packed, float* tile, const Ahead& ahead) {
 #ifdef LIBMOE_FAST_AVX512
   if (has_avx512()) {
     const auto right_from = [=](int64_t step) {
@@ -191,11 +184,11 @@ void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const 
   narrow::multiply_tile_packing<T>(rows, steps, left, right, column, packed, tile, ahead);
 }
 
-template void multiply_tile<float>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
-template void multiply_tile<BFloat16>(int, int64_t, const uint32_t*, const uint32_t*, float*, Ahead);
+template void multiply_tile<float>(int, int64_t, const uint32_t*, const Panel&, float*, const Ahead&);
+template void multiply_tile<BFloat16>(int, int64_t, const uint32_t*, const Panel&, float*, const Ahead&);
 template void multiply_tile_packing(int, int64_t, const uint32_t*, const float* const*, int64_t, uint32_t*, float*,
-                                    Ahead);
+                                    const Ahead&);
 template void multiply_tile_packing(int, int64_t, const uint32_t*, const BFloat16* const*, int64_t, uint32_t*, float*,
-                                    Ahead);
+                                    const Ahead&);
 
 }  // namespace libmoe_fast

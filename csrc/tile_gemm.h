@@ -22,10 +22,8 @@ inline int strip_rows() { return has_avx512() ? kTileRows : kNarrowRows; }
 
 constexpr int64_t kCacheLine = 64;
 
-enum class Pass { forward, backward };
-
-// Whether this machine multiplies tiles of fp32 or bf16 faster than torch's own mm does, for so many choices of experts.
-bool tiles_pay(Pass pass, ScalarType dtype, int64_t choices, int64_t experts);
+// Whether this machine multiplies tiles of fp32 or bf16 faster than torch's own mm does.
+bool tiles_pay(ScalarType dtype);
 
 // Memory that will be read soon, fetched a little at every step of a multiplication, which leaves memory idle. Of `calls`
 // multiplications that are given the same memory this is number `call`: where a step has no instruction to spare, each
@@ -37,15 +35,22 @@ struct Ahead {
   Ahead after(int64_t steps) const { return {data + steps * bytes_per_step, bytes_per_step, call, calls}; }
 };
 
-// tile [kTileRows, kTileColumns] = left * right, a strip by a panel (packing.h); only the first `rows` rows, rounded up to
-// even, are computed.
+// A packed panel of `steps` steps, of which a multiplication reads some, from `first` on.
+struct Panel {
+  const uint32_t* words;
+  int64_t steps, first = 0;
+};
+
+// tile [kTileRows, kTileColumns] = left * right, a strip of `steps` steps by as many of a panel (packing.h); only the first
+// `rows` rows, rounded up to even, are computed.
 template <typename T>
-void multiply_tile(int rows, int64_t steps, const uint32_t* left, const uint32_t* right, float* tile, Ahead ahead = {});
+void multiply_tile(int rows, int64_t steps, const uint32_t* left, const Panel& right, float* tile,
+                   const Ahead& ahead = {});
 
 // The same with a panel that is not packed yet: the kTileColumns columns from `column` on of steps * per_word rows. Leaves
 // it packed, as pack_panels_across would, but reads while it multiplies.
 template <typename T>
 void multiply_tile_packing(int rows, int64_t steps, const uint32_t* left, const T* const* right, int64_t column,
-                           uint32_t* packed, float* tile, Ahead ahead = {});
+                           uint32_t* packed, float* tile, const Ahead& ahead = {});
 
 }  // namespace libmoe_fast

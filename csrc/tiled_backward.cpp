@@ -219,10 +219,9 @@ class Backward {
       keep_dz(group, slice, place, unit.strip + strip, panel, 0, tile.g);
       if (in_.gated) keep_dz(group, slice, place, unit.strip + strip, panel, 1, tile.up);
       if (!weight_grads()) return;
-      const int64_t steps_before = (panel - slice.first) * span_steps(span) +
-                                   (unit.expert_strip + strip) * unit.height / per_word<T>();
-      pack_tile_in_panel<T>(tile.value, place.rows,
-                          right_of(a_right_, span, slice.panels()) + steps_before * kTileColumns);
+      const int64_t step = (unit.expert_strip + strip) * unit.height / per_word<T>(), steps = span_steps(span);
+      pack_tile_in_panel<T>(tile.value, place.rows, step, steps,
+                            right_of(a_right_, span, slice.panels()) + (panel - slice.first) * steps * kTileColumns);
     }, next, rows);
   }
 
@@ -235,7 +234,8 @@ class Backward {
   void keep_dz(const Group& group, const Slice& slice, const TilePlace& place, int64_t strip, int64_t panel,
                int64_t side, const float* dz) {
     const int64_t step = (side * slice.panels() + panel - slice.first) * panel_steps<T>();
-    pack_tile_in_strip<T>(dz, place.rows, at<uint32_t>(dz_left_) + strip_words(strip * dz_steps(slice) + step));
+    pack_tile_in_strip<T>(dz, place.rows, step, dz_steps(slice),
+                          at<uint32_t>(dz_left_) + strip_words(strip * dz_steps(slice)));
     if (!weight_grads()) return;
     const int64_t column = side * slice_panels_ * kTileColumns + place.column - slice.begin();
     store_tile<T>(at<T>(dz_) + (place.row - group.row) * dz_width() + column, dz_width(), dz, place.rows,
@@ -351,7 +351,7 @@ class Backward {
     uint32_t* left = local(worker);
     const T* const* rows = at<const T*>(gradient.left_rows) + span.padded_row + part.first * per_word<T>();
     pack_strips_across<T>(rows, gradient.left_column + first_row, last_row - first_row, part_steps, left);
-    const uint32_t* right = right_of(gradient.right, span, panels_of(width)) + part.first * kTileColumns;
+    const uint32_t* right = right_of(gradient.right, span, panels_of(width));
     const int64_t stride = gradient.target.row_size;
     T* target = gradient.target.first + span.expert * gradient.target.expert_size;
     float* sums = at<float>(tile_sums_) + worker * tile_sums_stride_;
@@ -366,7 +366,7 @@ class Backward {
         const int64_t row = strip * strip_rows();
         const int count = tile_extent(height, row, strip_rows());
         for (int64_t panel = begin; panel < std::min(panels, begin + cached); ++panel) {
-          multiply_tile<T>(count, part_steps, strip_left, right + panel * steps * kTileColumns, tile);
+          multiply_tile<T>(count, part_steps, strip_left, {right + panel * steps * kTileColumns, steps, part.first}, tile);
           float* sum = sums + ((strip - strips.first) * panels + panel) * kTileSize;
           if (!starts) add_tile(tile, sum, kTileColumns, count, kTileColumns);
           const int64_t column = panel * kTileColumns;

@@ -109,11 +109,11 @@ class Forward {
       const int64_t number = unit.strip + strip;
       if (in_.gated) {
         multiply_tile<T>(place.rows, in_steps_, tokens + strip_words(number * in_steps_),
-                         up_right + (panel - block.first) * in_steps_ * kTileColumns, up);
+                         {up_right + (panel - block.first) * in_steps_ * kTileColumns, in_steps_}, up);
       }
       finish_hidden<T>(in_, place, z_, gate, up);
-      pack_tile_in_strip<T>(gate, place.rows,
-                            activations + strip_words(number * hidden_steps_ + panel * panel_steps<T>()));
+      pack_tile_in_strip<T>(gate, place.rows, panel * panel_steps<T>(), hidden_steps_,
+                            activations + strip_words(number * hidden_steps_));
     }, next);
   }
 

@@ -57,8 +57,9 @@ LIBMOE_FAST_VECTORS inline void add_products(Floats (&sum)[kRows][2], const floa
 LIBMOE_FAST_VECTORS inline void store_words(uint32_t* packed, Words words) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), words);
 }
-LIBMOE_FAST_VECTORS inline void store_four(float* values, Floats floats) {
+LIBMOE_FAST_VECTORS inline void store_six(float* values, Floats floats) {
   _mm_storeu_ps(values, _mm256_castps256_ps128(floats));
+  _mm_storel_pi(reinterpret_cast<__m64*>(values + 4), _mm256_extractf128_ps(floats, 1));
 }
 
 // fp32 values as bf16 rounds them: to nearest, ties to even, any NaN to one.
@@ -147,7 +148,10 @@ inline void store_words(uint32_t* packed, Words words) {
   vst1q_u32(packed, words.low);
   vst1q_u32(packed + 4, words.high);
 }
-inline void store_four(float* values, Floats floats) { vst1q_f32(values, floats.low); }
+inline void store_six(float* values, Floats floats) {
+  vst1q_f32(values, floats.low);
+  vst1_f32(values + 4, vget_low_f32(floats.high));
+}
 
 // fp32 values as bf16 rounds them: to nearest, ties to even, any NaN to one.
 inline uint32x4_t round_to_bf16(uint32x4_t bits) {

@@ -54,7 +54,7 @@ void products(const char* name, int rows, int64_t depth) {
   pack_panels_across<T>(right_rows.data(), 0, kTileColumns, steps, packed.data());
 
   alignas(64) float tile[kTileRows * kTileColumns];
-  multiply_tile<T>(rows, steps, packed_left.data(), packed.data(), tile);
+  multiply_tile<T>(rows, steps, packed_left.data(), {packed.data(), steps}, tile);
   check(name, rows, depth, left, right, tile);
   if (depth % per_word<T>() == 0) {  // rows that are packed on the way are there
     multiply_tile_packing<T>(rows, steps, packed_left.data(), right_rows.data(), 0, on_the_way.data(), tile);
@@ -62,14 +62,30 @@ void products(const char* name, int rows, int64_t depth) {
     if (packed != on_the_way) std::printf("%s: packed on the way, other words\n", name), ++wrong;
   }
 
+  // The same in two parts: the steps before `half` and those after it, of a panel that is packed whole.
+  const int64_t half = steps / 2;
+  if (half > 0) {
+    alignas(64) float part[kTileRows * kTileColumns];
+    std::vector<const T*> rest;
+    for (const T* row : left_rows) rest.push_back(row + half * per_word<T>());
+    std::vector<uint32_t> before(strip_words(half) + 16), after(strip_words(steps - half) + 16);
+    pack_strip<T>(left_rows.data(), rows, half * per_word<T>(), half, before.data());
+    pack_strip<T>(rest.data(), rows, depth - half * per_word<T>(), steps - half, after.data());
+    multiply_tile<T>(rows, half, before.data(), {packed.data(), steps}, tile);
+    multiply_tile<T>(rows, steps - half, after.data(), {packed.data(), steps, half}, part);
+    for (int i = 0; i < rows * kTileColumns; ++i) tile[i] += part[i];
+    check(name, rows, depth, left, right, tile);
+  }
+
   // The finished tile as the next left operand: over its columns, times the first kTileColumns rows of `right`.
   if (depth < kTileColumns) return;
   std::vector<T> result(rows * kTileColumns);
   for (int i = 0; i < rows * kTileColumns; ++i) result[i] = T(tile[i]);
-  std::vector<uint32_t> along(strip_words(kTileColumns / per_word<T>()) + 16);
-  pack_tile_in_strip<T>(tile, rows, along.data());
+  const int64_t columns = kTileColumns / per_word<T>();
+  std::vector<uint32_t> along(strip_words(columns) + 16);
+  pack_tile_in_strip<T>(tile, rows, 0, columns, along.data());
   alignas(64) float next[kTileRows * kTileColumns];
-  multiply_tile<T>(rows, kTileColumns / per_word<T>(), along.data(), packed.data(), next);
+  multiply_tile<T>(rows, columns, along.data(), {packed.data(), steps}, next);
   check(name, rows, kTileColumns, result, std::vector<T>(right.begin(), right.begin() + kTileColumns * kTileColumns), next);
 
   // And as the next right operand, summed over its rows: the transposed left times it.
@@ -83,9 +99,9 @@ void products(const char* name, int rows, int64_t depth) {
   }
   const int64_t pairs = (rows + rows % 2) / per_word<T>();
   std::vector<uint32_t> across((rows + 2) * kTileColumns + 16), short_left(strip_words(pairs) + 16);
-  pack_tile_in_panel<T>(tile, rows, across.data());
+  pack_tile_in_panel<T>(tile, rows, 0, pairs, across.data());
   pack_strip<T>(turned_rows.data(), strip_rows(), rows + rows % 2, pairs, short_left.data());
-  multiply_tile<T>(strip_rows(), pairs, short_left.data(), across.data(), next);
+  multiply_tile<T>(strip_rows(), pairs, short_left.data(), {across.data(), pairs}, next);
   check(name, strip_rows(), rows + rows % 2, turned, result_rows, next);
 }
 
