@@ -6,7 +6,8 @@ model.safetensors on purpose: a stock `from_pretrained` would load that, silentl
 random MLPs. A model without MoE layers is saved the stock way.
 
 What transformers' own `save_pretrained` wrote of a swapped model, as its Trainer does, is read as well: there the
-recipe is in config.json.
+recipe is in config.json. A model that transformers has quantised is written so by `save_model`, too: how its weights
+are stored is for their quantiser to know.
 """
 
 import contextlib
@@ -72,7 +73,7 @@ def save_model(
     if layers and state_dict is None:
         state_dict = model.state_dict()
     with replace_folder(folder) as partial:
-        if layers:
+        if layers and not is_quantized(model):
             _save_swapped(model, partial, layers, state_dict, max_shard_size)
         elif hasattr(model, "save_pretrained"):
             model.save_pretrained(partial, state_dict=state_dict, max_shard_size=max_shard_size)
@@ -80,6 +81,11 @@ def save_model(
             save_file(_unshared(state_dict or model.state_dict()), partial / WEIGHTS_FILE)
         if processor is not None:
             processor.save_pretrained(partial)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether transformers has quantised it (bitsandbytes, torchao)."""
+    return getattr(model, "hf_quantizer", None) is not None
 
 
 def _is_cut(model: nn.Module) -> bool:
@@ -144,12 +150,19 @@ def _unshared(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, backend: str | None = None) -> nn.Module:
+def load_model(
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    quantization_config=None,
+) -> nn.Module:
     """Builds the Hugging Face model saved in `folder`, dense or swapped, and loads it strictly, in evaluation mode.
 
     `folder` was written by save_model, or by save_pretrained: a checkpoint of transformers' Trainer.
 
-    dtype: of the weights; None keeps the stored one. backend: of the MoE layers, see ops.
+    dtype: of the weights; None keeps the stored one. backend: of the MoE layers, see ops. quantization_config: one of
+    transformers', such as BitsAndBytesConfig, for linear layers; experts and routers stay as they are stored.
     Raises CheckpointError when the folder is no checkpoint, is truncated, or does not fit the model.
     """
     folder = Path(folder)
@@ -163,17 +176,20 @@ def load_model(folder: str | os.PathLike, *, dtype: torch.dtype | None = None, b
     with reading(folder / "config.json"):
         scales = check_scales(getattr(config, SCALES_KEY, [1]))
         without = list(getattr(config, WITHOUT_KEY, []))
-    if not (folder / RECIPE_FILE).exists():
-        found = getattr(config, RECIPE_KEY, None)
+    ours = (folder / RECIPE_FILE).exists()
+    if not ours or quantization_config is not None:
+        found = read_recipe(folder) if ours else getattr(config, RECIPE_KEY, None)
         layers = {} if found is None else check_recipe(found, folder / "config.json")["layers"]
-        model = _load_stock(_changed(cls, scales, without, layers, backend), folder, dtype)
+        options = {} if quantization_config is None else {"quantization_config": quantization_config}
+        if ours:  # transformers does not know the name of the file
+            options |= {"config": config, "state_dict": _read_state(folder, dtype)}
+        model = _load_stock(_changed(cls, scales, without, layers, backend), folder, dtype, **options)
         model.__class__ = cls
-        return model
-
-    with reading(folder / "config.json"), empty_weights():
-        model = leave_out(use_scales(cls(config), scales), without)
-    load_weights(model, folder, dtype=dtype, backend=backend)
-    if (folder / "generation_config.json").is_file():
+    else:
+        with reading(folder / "config.json"), empty_weights():
+            model = leave_out(use_scales(cls(config), scales), without)
+        load_weights(model, folder, dtype=dtype, backend=backend)
+    if ours and (folder / "generation_config.json").is_file():
         with reading(folder / "generation_config.json"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -219,16 +235,18 @@ def load_weights(
     """Swaps the layers that `folder` lists into `model` (any dense model of that architecture), and loads all weights.
 
     Strict: CheckpointError, naming the difference, for another layout or version, missing or unexpected names,
-    other shapes, or a truncated file. Returns `model`.
+    other shapes, or a truncated file, and for a model that is quantised. Returns `model`.
     """
     folder = Path(folder)
+    if is_quantized(model):
+        raise CheckpointError(
+            f"{type(model).__name__} is quantised, {folder} holds whole weights; use "
+            "libmoe_fast.load_model(folder, quantization_config=...), which quantises them as it reads them"
+        )
     recipe = read_recipe(folder)
     with reading(folder / RECIPE_FILE):
         layers = {name: MoE(**config, backend=backend, device="meta") for name, config in recipe["layers"].items()}
-    state_dict = {}
-    for path in _weight_files(folder):
-        with reading(path):
-            state_dict |= _read_weights(path, dtype)
+    state_dict = _read_state(folder, dtype)
     try:
         install(model, layers)
         missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=True)
@@ -254,6 +272,14 @@ def _weight_files(folder: Path) -> list[Path]:
     with reading(folder / INDEX_FILE):
         index = json.loads((folder / INDEX_FILE).read_text())
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def _read_state(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    state_dict = {}
+    for path in _weight_files(folder):
+        with reading(path):
+            state_dict |= _read_weights(path, dtype)
+    return state_dict
 
 
 def _read_weights(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -318,9 +344,12 @@ def _changed(
     return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
 
 
-def _load_stock(cls: type, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def _load_stock(cls: type, folder: Path, dtype: torch.dtype | None, **options) -> nn.Module:
+    """options: of from_pretrained; with a state_dict nothing is read from `folder`."""
+    source = None if "state_dict" in options else folder
+    options |= _dtype_option(dtype or "auto")
     with reading(folder):
-        model, report = cls.from_pretrained(folder, **_dtype_option(dtype or "auto"), output_loading_info=True)
+        model, report = cls.from_pretrained(source, **options, output_loading_info=True)
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected or report["mismatched_keys"]:
         raise CheckpointError(

@@ -303,7 +303,7 @@ def _refuse_what_a_copy_loses(mlp: nn.Module, layers: list[nn.Module], norm: nn.
             raise ConfigError(
                 f"{name} has a {type(layer).__module__}.{type(layer).__name__} where experts are copied from an "
                 "nn.Linear; merge adapters (peft: model.merge_and_unload()), undo parametrizations, or load the "
-                "weights unquantised, then upcycle"
+                "weights unquantised (bitsandbytes: llm_int8_skip_modules, full names), then upcycle"
             )
     for module in (mlp, *layers, *([] if norm is None else [norm])):
         own = {n for n, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}

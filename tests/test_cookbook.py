@@ -23,6 +23,7 @@ PAGES = {
 NEEDS = {
     "LoRA on the experts": "peft",
     "Models that do not fit: accelerate": "accelerate",
+    "A language model in 8 or 4 bits": "bitsandbytes",
     "LLaVA of Hugging Face, in the Trainer": "accelerate",
 }
 MIXTRAL = "Mixture-of-Experts models of Hugging Face"

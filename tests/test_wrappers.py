@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import libmoe_fast
-from libmoe_fast import MoE, available_backends, load_model, moe_layers, save_model, upcycle
-from libmoe_fast.errors import BackendError
+from libmoe_fast import MoE, available_backends, load_model, load_weights, moe_layers, save_model, upcycle
+from libmoe_fast.errors import BackendError, CheckpointError
 from libmoe_fast.train.tiny import tiny_llava
 
 FUSED = [name for name, missing in available_backends().items() if name != "reference" and missing is None]
@@ -249,3 +249,67 @@ def test_accelerate_offloads(where, swapped, tmp_path):
     getattr(accelerate, where)(moved, *folder, execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in moved.parameters())
     assert torch.equal(outputs(moved, inputs), outputs(model, inputs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bitsandbytes
+
+
+@pytest.fixture(params=[{"load_in_8bit": True}, {"load_in_4bit": True}], ids=["8 bits", "4 bits"])
+def quantization(request):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    return BitsAndBytesConfig(**request.param, llm_int8_skip_modules=kept)
+
+
+@pytest.fixture
+def quantized(quantization, tmp_path):
+    """A dense model whose language model is quantised, and its whole weights in a folder."""
+    dense, _ = tiny_llava("clip", dim=16, vision_layers=2, text_layers=1)
+    dense.save_pretrained(tmp_path / "dense")
+    return type(dense).from_pretrained(tmp_path / "dense", quantization_config=quantization), dense
+
+
+def linear_layers(model):
+    return {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
+
+
+def test_experts_learn_beside_a_quantized_language_model(quantized, swapped, tmp_path):
+    model, inputs = quantized[0], swapped[1]
+    dense = outputs(model, inputs)
+    upcycle(model, num_experts=3, trainable=True)
+    torch.testing.assert_close(outputs(model, inputs), dense)
+    model.train()(**inputs).loss.backward()
+    learning = [layer.experts.w1.grad for layer in moe_layers(model).values() if layer.experts.w1.grad is not None]
+    assert len(learning) == 2  # LLaVA leaves out the tower's last layer
+    assert all(grad.abs().max() > 0 for grad in learning)
+    torch.optim.SGD([p for p in model.parameters() if p.grad is not None], lr=0.1).step()
+
+    save_model(model, tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved")
+    assert linear_layers(loaded) == linear_layers(model)
+    assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
+    assert (outputs(loaded, inputs) - dense).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["save_model", "save_pretrained"])
+def test_whole_weights_are_quantized_as_they_are_read(ours, quantized, quantization, swapped, tmp_path):
+    """Experts that are copies: the dense model, quantised by transformers itself, says what comes out."""
+    (model, whole), inputs = quantized, swapped[1]
+    upcycle(whole, num_experts=3)
+    save_model(whole, tmp_path / "moe") if ours else whole.save_pretrained(tmp_path / "moe")
+    loaded = load_model(tmp_path / "moe", quantization_config=quantization)
+    assert {*linear_layers(loaded).items()} <= {*linear_layers(model).items()}
+    assert any(kind != "Linear" for kind in linear_layers(loaded).values())
+    torch.testing.assert_close(outputs(loaded, inputs), outputs(model, inputs))
+    for name, layer in moe_layers(whole).items():
+        assert torch.equal(layer.experts.w1, moe_layers(loaded)[name].experts.w1)
+
+
+def test_whole_weights_do_not_go_into_a_quantized_model(quantized, tmp_path):
+    model, whole = quantized
+    save_model(upcycle(whole, num_experts=3), tmp_path / "moe")
+    with pytest.raises(CheckpointError, match="is quantised"):
+        load_weights(model, tmp_path / "moe")
