@@ -238,11 +238,11 @@ LIBMOE_FAST_VECTORS void pack_tile_in_strip(const float* tile, int rows, int64_t
   for (int column = 0; column < kTileColumns; column += 8) {
     float* piece = reinterpret_cast<float*>(packed) + (step + column) * kMostRows;
     for (int row = 0; row < rows; row += each, piece += steps * kMostRows) {
+      const int count = std::min(each, rows - row);
       Words block[8];
       LIBMOE_FAST_UNROLL
       for (int i = 0; i < 8; ++i) {
-        const bool there = i < std::min(each, rows - row);
-        block[i] = there ? load_rounded<T>(tile + (row + i) * kTileColumns + column) : no_words();
+        block[i] = i < count ? load_rounded<T>(tile + (row + i) * kTileColumns + column) : no_words();
       }
       store_transposed<kMostRows>(block, 0, piece);
     }

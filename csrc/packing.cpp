@@ -227,22 +227,22 @@ namespace {
 template <typename T>
 void pack_across(const T* const* rows, int64_t column, int64_t columns, int64_t steps, int width, uint32_t* packed,
                  void (*narrow_pack)(const T* const*, int64_t, int, int64_t, int64_t, int64_t, uint32_t*)) {
-  // Rows that all pieces read before the next ones: neighbours in memory. Few, and fetched to the second-level cache: rows
+  // Rows that all strips or panels read before the next ones: neighbours in memory. Few, and fetched to the second-level cache: rows
   // a power of two apart all share a dozen places of the first.
   constexpr int64_t kBlockSteps = 8;
   for (int64_t step = 0; step < steps; step += kBlockSteps) {
     const int64_t end = std::min(steps, step + kBlockSteps);
-    for (int64_t piece = 0; piece * width < columns; ++piece) {
-      const auto count = static_cast<int>(std::min<int64_t>(width, columns - piece * width));
-      uint32_t* words = packed + piece * steps * width;
+    for (int64_t first = 0; first < columns; first += width) {
+      const auto count = static_cast<int>(std::min<int64_t>(width, columns - first));
+      uint32_t* words = packed + first * steps;
 #ifdef LIBMOE_FAST_AVX512
       if (has_avx512()) {
-        pack_across_words(rows + step * kPerWord<T>, column + piece * width, count, end - step, steps - step, width,
+        pack_across_words(rows + step * kPerWord<T>, column + first, count, end - step, steps - step, width,
                           words + step * width);
         continue;
       }
 #endif
-      narrow_pack(rows, column + piece * width, count, step, end, steps, words);
+      narrow_pack(rows, column + first, count, step, end, steps, words);
     }
   }
 }
