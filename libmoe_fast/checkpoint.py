@@ -59,10 +59,16 @@ def save_model(
         processor: anything with save_pretrained, saved beside the model (a LlavaProcessor).
         state_dict: weights to save instead of the model's own (those gathered from ZeRO-3).
         max_shard_size: of a file with weights, in bytes or as "5GB"; more are split over several.
-    Raises CheckpointError when the disk is full or cannot be written; the previous content then survives.
+    Raises CheckpointError when the disk is full or cannot be written, and for a quantised model that is cut or whose
+    weights are given; the previous content then survives.
     """
     folder = Path(folder)
-    layers = moe_layers(model)
+    if _is_quantized(model) and (state_dict is not None or _is_cut(model)):
+        raise CheckpointError(
+            f"{type(model).__name__} is quantised: transformers writes such a model from its own weights, whole ones, "
+            "and would leave out what other processes hold or a state_dict says; save it where no process has cut it"
+        )
+    layers = {} if _is_quantized(model) else moe_layers(model)
     if state_dict is None and _is_cut(model):
         state_dict = whole_state(model)
         if dist.get_rank() == 0:
@@ -73,7 +79,7 @@ def save_model(
     if layers and state_dict is None:
         state_dict = model.state_dict()
     with replace_folder(folder) as partial:
-        if layers and not is_quantized(model):
+        if layers:
             _save_swapped(model, partial, layers, state_dict, max_shard_size)
         elif hasattr(model, "save_pretrained"):
             model.save_pretrained(partial, state_dict=state_dict, max_shard_size=max_shard_size)
@@ -83,7 +89,7 @@ def save_model(
             processor.save_pretrained(partial)
 
 
-def is_quantized(model: nn.Module) -> bool:
+def _is_quantized(model: nn.Module) -> bool:
     """Whether transformers has quantised it (bitsandbytes, torchao)."""
     return getattr(model, "hf_quantizer", None) is not None
 
@@ -177,18 +183,20 @@ def load_model(
         scales = check_scales(getattr(config, SCALES_KEY, [1]))
         without = list(getattr(config, WITHOUT_KEY, []))
     ours = (folder / RECIPE_FILE).exists()
-    if not ours or quantization_config is not None:
-        found = read_recipe(folder) if ours else getattr(config, RECIPE_KEY, None)
-        layers = {} if found is None else check_recipe(found, folder / "config.json")["layers"]
-        options = {} if quantization_config is None else {"quantization_config": quantization_config}
-        if ours:  # transformers does not know the name of the file
-            options |= {"config": config, "state_dict": _read_state(folder, dtype)}
-        model = _load_stock(_changed(cls, scales, without, layers, backend), folder, dtype, **options)
-        model.__class__ = cls
-    else:
+    if ours and quantization_config is None:
         with reading(folder / "config.json"), empty_weights():
             model = leave_out(use_scales(cls(config), scales), without)
         load_weights(model, folder, dtype=dtype, backend=backend)
+    else:
+        options = {} if quantization_config is None else {"quantization_config": quantization_config}
+        if ours:
+            layers = read_recipe(folder)["layers"]
+            options |= {"config": config, "state_dict": _read_state(folder, dtype)}  # from a file of a name of our own
+        else:
+            found = getattr(config, RECIPE_KEY, None)
+            layers = {} if found is None else check_recipe(found, folder / "config.json")["layers"]
+        model = _load_stock(_changed(cls, scales, without, layers, backend), folder, dtype, **options)
+        model.__class__ = cls
     if ours and (folder / "generation_config.json").is_file():
         with reading(folder / "generation_config.json"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -238,7 +246,7 @@ def load_weights(
     other shapes, or a truncated file, and for a model that is quantised. Returns `model`.
     """
     folder = Path(folder)
-    if is_quantized(model):
+    if _is_quantized(model):
         raise CheckpointError(
             f"{type(model).__name__} is quantised, {folder} holds whole weights; use "
             "libmoe_fast.load_model(folder, quantization_config=...), which quantises them as it reads them"

@@ -308,6 +308,14 @@ def test_whole_weights_are_quantized_as_they_are_read(ours, quantized, quantizat
         assert torch.equal(layer.experts.w1, moe_layers(loaded)[name].experts.w1)
 
 
+def test_given_weights_of_a_quantized_model_are_refused(quantized, tmp_path):
+    """transformers would write the model's own instead, without a word."""
+    model = upcycle(quantized[0], num_experts=3)
+    with pytest.raises(CheckpointError, match="is quantised"):
+        save_model(model, tmp_path / "moe", state_dict=model.state_dict())
+    assert not (tmp_path / "moe").exists()
+
+
 def test_whole_weights_do_not_go_into_a_quantized_model(quantized, tmp_path):
     model, whole = quantized
     save_model(upcycle(whole, num_experts=3), tmp_path / "moe")
